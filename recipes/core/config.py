@@ -1,0 +1,194 @@
+"""The run document: one frozen section a concern, closed to unknown keys. Imports pydantic alone, never torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+DOCUMENT_VERSION = 1
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class AboutSection(Section):
+    """What a reader of a run document wants to know before running it."""
+
+    purpose: str
+    """What it trains and what for, in one sentence."""
+    needs: str
+    """Hardware, data and disk."""
+    expect: str
+    """The figure that it reaches and the time it takes."""
+    source: str | None = None
+    """Where the settings come from."""
+
+
+class CleanSection(Section):
+    """What happens to a text before it is tokenized."""
+
+    unicode_form: Literal["NFC", "NFKC", "none"] = "NFC"
+    strip_control_characters: bool = True
+    min_characters: NonNegativeInt = 1
+    """Shorter documents are left out."""
+    deduplicate: bool = False
+    """Leave out a document whose text has been seen before (exact, by hash)."""
+
+
+class TokenizerSection(Section):
+    """Where the tokenizer comes from."""
+
+    kind: Literal["bpe", "character", "pretrained"] = "bpe"
+    path: str | None = None
+    """A tokenizer.json, or a folder that holds one; for kind `pretrained` alone."""
+    vocabulary_size: PositiveInt | None = None
+    """How many tokens a `bpe` trained here may have."""
+    train_characters: PositiveInt = 200_000_000
+    """A `bpe` is trained on the first this many characters of the training texts."""
+
+
+class TokenDataSection(Section):
+    """Running text for language models."""
+
+    train: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Sources: a file, folder or glob (.txt, .jsonl, .csv, .tsv, .parquet, also .gz), `hf:NAME[:CONFIG[:SPLIT]]`, or
+    `python:stdlib`. A relative path is looked for here, then under $BIGBATCH_DATA."""
+    validation: tuple[str, ...] = ()
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Cut from the training texts when there are no validation sources."""
+    validation_split: Literal["document", "tail"] = "document"
+    """`document`: whole documents, chosen by hash. `tail`: the last part of each document."""
+    text_key: str = "text"
+    """Column that holds the text in .jsonl, .csv, .tsv, .parquet and Hugging Face data."""
+    clean: CleanSection = CleanSection()
+    tokenizer: TokenizerSection = TokenizerSection()
+    sequence_length: PositiveInt
+    """Tokens a sample."""
+    packing: Literal["concatenate", "isolate"] = "concatenate"
+    """`isolate`: attention and positions start anew at each document, so that neighbours in a sample never mix."""
+    shard_tokens: PositiveInt = 2**27
+    prepared_dir: str = "prepared"
+    """Prepared data go into a folder of this one, named by their content id."""
+
+
+class RampStage(Section):
+    """A smaller batch for the beginning of a run."""
+
+    until_step: PositiveInt
+    global_size: PositiveInt
+
+
+class BatchSection(Section):
+    """Sizes in samples."""
+
+    global_size: PositiveInt
+    """Samples an optimizer step, over all ranks."""
+    micro_size: PositiveInt | None = None
+    """Samples a forward pass on one rank; by default the whole share of the rank."""
+    ramp: tuple[RampStage, ...] = ()
+
+
+class ParallelSection(Section):
+    """How the work is divided. The number of data ranks follows from the processes started."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage; by default the DeepSpeed document's, else 1."""
+
+
+class PrecisionSection(Section):
+    """Number formats of weights and gradients; masters and optimizer state are always float32."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    initial_scale_power: NonNegativeInt = 16
+    """fp16: the first loss scale is 2 to this power."""
+    scale_window: PositiveInt = 1000
+    """fp16: good steps before the loss scale doubles."""
+    static_loss_scale: PositiveFloat | None = None
+    """fp16: a fixed loss scale."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What to do at a step whose gradient is not finite (fp16 lowers its scale first)."""
+    max_skipped_steps: PositiveInt = 10
+    """With `skip`: stop after this many in a row."""
+
+
+class OptimizerSection(Section):
+    """The update rule."""
+
+    name: Literal["adamw", "adam", "sgd", "adagrad", "lion", "lamb", "adamw_8bit"] = "adamw"
+    learning_rate: PositiveFloat
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    """Not applied to biases, norms and other vectors."""
+    momentum: Fraction = 0.0
+    """sgd only."""
+    gradient_clipping: PositiveFloat | None = 1.0
+    """Largest global 2-norm of the gradient."""
+
+
+class ScheduleSection(Section):
+    """Learning rate as a function of the step."""
+
+    name: Literal["cosine", "linear", "constant", "wsd", "polynomial"] = "cosine"
+    total_steps: PositiveInt
+    warmup_steps: NonNegativeInt = 0
+    final_ratio: Fraction = 0.1
+    """Learning rate at the end over the peak."""
+    decay_steps: PositiveInt | None = None
+    """wsd: steps of the final decay, by default a tenth of the total."""
+    power: PositiveFloat = 1.0
+    """polynomial."""
+    stop_step: PositiveInt | None = None
+    """End the run here, saved, without changing the schedule."""
+
+
+class CheckpointSection(Section):
+    """When to save and what to keep."""
+
+    every_steps: PositiveInt = 1000
+    keep: PositiveInt = 2
+    """The newest this many stay."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of this stay for ever."""
+
+
+class EvaluateSection(Section):
+    """Validation during training."""
+
+    every_steps: PositiveInt = 500
+    max_samples: PositiveInt | None = None
+    """Evaluate on the first this many samples; by default on all."""
+
+
+class ReportSection(Section):
+    """What is written down while training."""
+
+    every_steps: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """A run document; each recipe adds its own sections in a class of its own."""
+
+    version: Literal[1]
+    recipe: str
+    about: AboutSection | None = None
+    deepspeed: str | None = None
+    """Name of a DeepSpeed document under ds_configs/deepspeed, or the path of your own."""
+    batch: BatchSection
+    parallel: ParallelSection = ParallelSection()
+    precision: PrecisionSection = PrecisionSection()
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    report: ReportSection = ReportSection()
+    seed: NonNegativeInt = 0

@@ -1,0 +1,101 @@
+"""What a recipe gives to the shared loop, and how one is found: by its folder."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from bigbatch.recipes.core.config import RunConfig
+from bigbatch.recipes.core.errors import UserError
+
+if TYPE_CHECKING:  # the launcher finds a recipe's configuration on a machine without torch
+    import numpy as np
+    import torch
+
+Batch = dict[str, Any]  # name -> tensor [B, ...] on the rank's device
+
+
+class Loss(NamedTuple):
+    """A summed loss and what it was summed over; only the shared loop divides."""
+
+    sum: "torch.Tensor"  # float32 scalar
+    num_targets: int
+
+
+class Samples(Protocol):
+    """A prepared split: random access by sample id, the same for every rank."""
+
+    num_samples: int
+    fingerprint: str
+    """Changes when the content of any sample would."""
+
+    def batch(self, sample_ids: "np.ndarray", epochs: "np.ndarray") -> dict[str, "np.ndarray"]:
+        """Return the collated batch [B, ...] of these samples, a pure function of both arguments and the run's seed."""
+        ...
+
+
+class DataSplits(NamedTuple):
+    """What a recipe opens: a training split, and one to validate on."""
+
+    train: Samples
+    validation: Samples | None
+    facts: dict[str, Any]
+    """What the model and the checkpoint need to know: vocabulary_size, tokenizer (path), fingerprint, ..."""
+
+
+class Recipe(Protocol):
+    """The parts that a recipe module (`recipes/<name>/recipe.py`) defines as functions: never control flow."""
+
+    def prepare(self, config: Any) -> Path:
+        """Turn raw data into the prepared folder that `open_data` reads, resuming where it stopped; repeat is instant."""
+        ...
+
+    def open_data(self, config: Any) -> DataSplits:
+        """Map the prepared folder into memory."""
+        ...
+
+    def build_model(self, config: Any, facts: dict[str, Any]) -> "torch.nn.Module":
+        """Build the module with its first weights, drawn from the default generator."""
+        ...
+
+    def count_targets(self, batch: dict[str, "np.ndarray"]) -> int:
+        """Count what `loss` will sum over, before the forward pass."""
+        ...
+
+    def loss(self, model: "torch.nn.Module", batch: Batch) -> Loss:
+        """Run the forward pass on one micro-batch."""
+        ...
+
+    def metrics(self, loss: float) -> dict[str, float]:
+        """Turn a mean validation loss into the recipe's own figures (perplexity, bits a character)."""
+        ...
+
+    def flops_per_sample(self, config: Any, facts: dict[str, Any]) -> float:
+        """Floating-point operations of the model, forward and backward, on one sample; no recomputation counted."""
+        ...
+
+    def samples_of_text(self, config: Any, model: "torch.nn.Module", facts: dict[str, Any]) -> list[dict[str, str]]:
+        """Return a few outputs to look at, each {"prompt": ..., "text": ...}. Collective: every rank must call it."""
+        ...
+
+
+def recipe_names() -> list[str]:
+    """List the folders beside core that hold a recipe."""
+    folder = Path(__file__).parents[1]
+    return sorted(path.parent.name for path in folder.glob("*/recipe.py") if path.parent.name != "core")
+
+
+def find_config(name: str) -> type[RunConfig]:
+    """Return the class of a recipe's run documents without importing torch."""
+    return _module(name, "config").Config
+
+
+def find(name: str) -> Any:
+    """Return the recipe's module, which follows the Recipe protocol."""
+    return _module(name, "recipe")
+
+
+def _module(name: str, part: str) -> ModuleType:
+    if name not in recipe_names():
+        raise UserError("recipe", f"there is no recipe {name!r}; there are: {', '.join(recipe_names())}")
+    return importlib.import_module(f"bigbatch.recipes.{name}.{part}")
