@@ -1,0 +1,62 @@
+"""The document that DeepSpeed gets: the user's native one, completed by what the run document owns. No torch."""
+
+from typing import Any
+
+from bigbatch.recipes.core.batch import check_batch
+from bigbatch.recipes.core.config import PrecisionSection, RunConfig
+
+# The run document's keys that a native document may not state, and what to write instead.
+OWNED_KEYS = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch.global_size and batch.micro_size (the accumulation follows from them)",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "optimizer.name and its settings",
+    "scheduler": "schedule.name and its settings",
+    "fp16": "precision.dtype",
+    "bf16": "precision.dtype",
+    "bfloat16": "precision.dtype",
+    "torch_autocast": "precision.dtype",
+    "amp": "precision.dtype",
+    "steps_per_print": "report.every_steps",
+}
+
+
+def zero_stage(config: RunConfig, native: dict[str, Any]) -> int:
+    """Return the ZeRO stage: the run document's, else the DeepSpeed document's, else 1."""
+    if config.parallel.zero_stage is not None:
+        return config.parallel.zero_stage
+    return native.get("zero_optimization", {}).get("stage", 1)
+
+
+def complete(config: RunConfig, native: dict[str, Any], data_ranks: int) -> dict[str, Any]:
+    """Return the full DeepSpeed document for this many data ranks; raise UserError if the batch does not divide."""
+    plan = check_batch(config.batch, data_ranks)
+    stage = zero_stage(config, native)
+    return {
+        **native,
+        "train_batch_size": plan.global_size,
+        "train_micro_batch_size_per_gpu": plan.micro_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "gradient_clipping": config.optimizer.gradient_clipping or 0.0,
+        "zero_optimization": {**native.get("zero_optimization", {}), "stage": stage},
+        # Our optimizers are torch's own classes: no extension to compile at first use.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **_precision_blocks(config.precision),
+    }
+
+
+def _precision_blocks(precision: PrecisionSection) -> dict[str, Any]:
+    if precision.dtype == "fp32":
+        return {}
+    if precision.dtype == "bf16":
+        return {"bf16": {"enabled": True}}
+    return {
+        "fp16": {
+            "enabled": True,
+            "loss_scale": precision.static_loss_scale or 0,  # 0 is dynamic
+            "initial_scale_power": precision.initial_scale_power,
+            "loss_scale_window": precision.scale_window,
+        }
+    }
