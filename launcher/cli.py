@@ -1,0 +1,323 @@
+"""The command line: a table from verb to typed function. What is heavy is imported inside the verb that needs it."""
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from bigbatch.launcher.resolve import Resolved
+    from bigbatch.launcher.run_dir import Resume, RunDir
+
+EPILOG = """RUN is a name that `bigbatch recipes` lists (gpt/quick) or the path of a run document. Progress goes to
+standard error, results to standard output. Exit status: 0 done; 2 a mistake in what was asked, told in one line;
+75 stopped and saved, the same command goes on; 1 anything else."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status; a user sees a line, never a bare traceback (unless BIGBATCH_DEBUG=1)."""
+    try:
+        status = _run_verb(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        for line in str(error).splitlines():
+            _say(f"error: {line}")
+        return EXIT_USER_ERROR
+    except BrokenPipeError:  # `bigbatch show gpt/quick | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except Exception as error:
+        if os.environ.get("BIGBATCH_DEBUG") == "1":
+            raise
+        with tempfile.NamedTemporaryFile("w", prefix="bigbatch-failure-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        what = " ".join(str(error).split()) or "no reason given"
+        _say(f"error: {type(error).__name__}: {what} (traceback: {file.name})")
+        return 1
+
+
+def quickstart() -> int:
+    """Take the whole way once on this machine: train, stop, resume, evaluate, convert, generate, report."""
+    from bigbatch.launcher.quickstart import quickstart as run
+
+    return run()
+
+
+def recipes(as_json: bool) -> int:
+    """List the run documents that there are, with what each needs and reaches."""
+    from bigbatch.launcher.documents import document_names, load_run
+
+    abouts = {name: load_run(name).get("about", {}) for name in document_names()}
+    if as_json:
+        _print_json([{"name": name, **about} for name, about in abouts.items()])
+        return EXIT_DONE
+    for name, about in abouts.items():
+        print(f"{name}\n" + "".join(f"    {key}: {text}\n" for key, text in about.items() if text))
+    return EXIT_DONE
+
+
+def show(run: str, overrides: list[str], as_json: bool) -> int:
+    """Print a run document with all that it inherits, the DeepSpeed document, and the content id."""
+    resolved = _resolve(run, overrides)
+    shown = {"content_id": resolved.content_id, "run": resolved.document, "deepspeed": resolved.deepspeed}
+    if as_json:
+        _print_json(shown)
+        return EXIT_DONE
+    for line in _flat(shown):
+        print(line)
+    return EXIT_DONE
+
+
+def check(run: str, ranks: int | None, overrides: list[str], as_json: bool) -> int:
+    """Find what can be known to be wrong before a run; needs no GPU and no torch."""
+    from bigbatch.launcher import preflight
+    from bigbatch.launcher.local import default_ranks
+
+    findings = preflight.check(_resolve(run, overrides), ranks or default_ranks())
+    if as_json:
+        _print_json([finding._asdict() for finding in findings])
+    else:
+        print(preflight.render(findings))
+    return EXIT_USER_ERROR if preflight.has_errors(findings) else EXIT_DONE
+
+
+def prepare(run: str, overrides: list[str]) -> int:
+    """Turn raw data into cleaned, tokenized, fingerprinted shards; what is done already is not done again."""
+    from bigbatch.launcher.local import run_ranks, worker_command
+    from bigbatch.launcher.run_dir import RunDir, write
+
+    _need_train_extra()
+    resolved = _resolve(run, overrides)
+    with tempfile.TemporaryDirectory(prefix="bigbatch-prepare-") as folder:
+        write(RunDir(Path(folder)), resolved.document, resolved.deepspeed, resolved.content_id)
+        return run_ranks(worker_command("prepare", Path(folder)), 1, Path(folder))
+
+
+def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str], resume: "Resume") -> int:
+    """Train to the end, or go on where a run stopped; data are prepared first."""
+    from bigbatch.launcher.local import default_ranks, run_ranks, worker_command
+    from bigbatch.launcher.run_dir import choose, hold
+    from bigbatch.recipes.core.engine_config import complete
+
+    _need_train_extra()
+    resolved = _resolve(run, overrides)
+    ranks = ranks or default_ranks()
+    deepspeed = complete(resolved.config, resolved.deepspeed, ranks)
+    _refuse_findings(resolved, ranks)
+    folder = choose(run, run_dir)
+    with hold(folder):
+        _set_up(folder, resolved, deepspeed, resume)
+        _say(f"run folder {folder.path}, content id {resolved.content_id}, {ranks} rank{'s' if ranks > 1 else ''}")
+        status = run_ranks(worker_command("prepare", folder.path), 1, folder.path)
+        if status == EXIT_DONE:
+            status = run_ranks(worker_command("train", folder.path), ranks, folder.path)
+    if status == EXIT_REQUEUE:
+        _say(f"stopped; to go on: bigbatch train {folder.path} --ranks {ranks}")
+    return status
+
+
+def evaluate(run_dir: Path) -> int:
+    """Evaluate the newest sound checkpoint of a run on its validation split; prints JSON."""
+    from bigbatch.launcher.local import run_ranks, worker_command
+    from bigbatch.launcher.run_dir import RunDir
+
+    _need_train_extra()
+    if not RunDir(run_dir).exists():
+        raise UserError(str(run_dir), "is no run folder: it has no run.json")
+    return run_ranks(worker_command("evaluate", run_dir), 1, run_dir)
+
+
+class Verb(NamedTuple):
+    """A verb of our own: its function takes what the flags give, by name."""
+
+    function: Callable[..., int]
+    flags: tuple[str, ...]
+
+
+VERBS = {
+    "quickstart": Verb(quickstart, ()),
+    "recipes": Verb(recipes, ("--json",)),
+    "show": Verb(show, ("run", "--set", "--json")),
+    "check": Verb(check, ("run", "--ranks", "--set", "--json")),
+    "prepare": Verb(prepare, ("run", "--set")),
+    "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--resume")),
+    "evaluate": Verb(evaluate, ("run_dir",)),
+}
+
+# verb -> (module whose main(arguments) owns the flags, summary)
+TOOLS = {
+    "generate": ("generate", "Generate text with a model."),
+    "checkpoint": ("inspect", "List (ls) or verify the checkpoints of a run."),
+    "convert": ("convert", "Turn a run's checkpoint into a Hugging Face folder, compared before it counts as done."),
+    "report": ("report", "Write one HTML page about one run or several."),
+    "bench": ("bench", "Measure training against other trainers on this machine."),
+    "doctor": ("doctor", "Say which fused parts are in use on this machine, and why not the others."),
+}
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "run": {"metavar": "RUN | RUN_DIR", "help": "name or path of a run document, or a run folder"},
+    "run_dir": {"metavar": "RUN_DIR", "type": Path, "help": "folder of a run"},
+    "--ranks": {"type": int, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
+    "--run-dir": {"type": Path, "metavar": "D", "help": "folder of the run (default: a new one under runs/)"},
+    "--set": {
+        "action": "append",
+        "dest": "overrides",
+        "default": [],
+        "metavar": "A.B=VALUE",
+        "help": "change a setting of the document; may be repeated",
+    },
+    "--resume": {
+        "choices": ("auto", "never", "must"),
+        "default": "auto",
+        "help": "go on from a checkpoint if there is one (auto); refuse when there is one (never), or none (must)",
+    },
+    "--json": {"action": "store_true", "dest": "as_json", "help": "print the result as JSON"},
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(self.prog, f"{message}; see {self.prog} --help")
+
+
+def _run_verb(arguments: list[str]) -> int:
+    if arguments and arguments[0] in TOOLS:
+        return _run_tool(arguments[0], arguments[1:])
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        raise UserError(f"bigbatch {arguments[0]}", _no_such_verb(arguments[0]))
+    options = vars(_parser().parse_args(arguments or ["--help"]))
+    if (options.get("ranks") or 1) < 1:
+        raise UserError("--ranks", f"found {options['ranks']}; right is 1 or more")
+    return VERBS[options.pop("verb")].function(**options)
+
+
+def _run_tool(verb: str, arguments: list[str]) -> int:
+    try:
+        tool = importlib.import_module(f"bigbatch.tools.{TOOLS[verb][0]}")
+        return tool.main(arguments)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("bigbatch"):
+            raise
+        raise UserError(f"bigbatch {verb}", _missing(error.name or "")) from None
+
+
+def _no_such_verb(verb: str) -> str:
+    known = [*VERBS, *TOOLS]
+    close = difflib.get_close_matches(verb, known, n=1)
+    return f"there is no such verb; did you mean {close[0]}?" if close else f"there is no such verb; {', '.join(known)}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="bigbatch",
+        description="DeepSpeed training recipes from raw text to a deployed model.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        summary = (verb.function.__doc__ or "").splitlines()[0]
+        subparser = verbs.add_parser(name, help=summary, description=summary, epilog=EPILOG, allow_abbrev=False)
+        for flag in verb.flags:
+            subparser.add_argument(flag, **FLAGS[flag])
+    for name, (_, summary) in TOOLS.items():
+        verbs.add_parser(name, help=f"{summary} (bigbatch {name} --help)")
+    return parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when asked."""
+
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"bigbatch {version('bigbatch')}")
+        parser.exit()
+
+
+def _resolve(run: str, overrides: list[str]) -> "Resolved":
+    """Resolve a name, a path, or what a run folder was started with."""
+    from bigbatch.launcher.resolve import resolve
+    from bigbatch.launcher.run_dir import RunDir
+
+    folder = RunDir(Path(run))
+    return resolve(str(folder.run) if folder.exists() else run, overrides)
+
+
+def _refuse_findings(resolved: "Resolved", ranks: int) -> None:
+    """Show what preflight found; stop at an error."""
+    from bigbatch.launcher import preflight
+
+    findings = preflight.check(resolved, ranks)
+    if preflight.has_errors(findings):
+        raise UserError("", preflight.render(findings))
+
+
+def _set_up(folder: "RunDir", resolved: "Resolved", deepspeed: dict[str, Any], resume: "Resume") -> None:
+    """Write the run folder's documents; when its run has begun, say what changes and refuse what cannot."""
+    from bigbatch.launcher.resolve import compare
+    from bigbatch.launcher.run_dir import check_resume, write
+
+    check_resume(folder, resume)
+    if folder.has_checkpoint():
+        changes = compare(json.loads(folder.run.read_text(encoding="utf-8")), resolved.document)
+        impossible = [change for change in changes if change.kind == "impossible"]
+        if impossible:
+            raise UserError(
+                "", "\n".join(f"{_told(change)}; the run has begun: use a new folder" for change in impossible)
+            )
+        for change in changes:
+            _say(f"changed: {_told(change)} ({change.kind.replace('_', ' ')})")
+    write(folder, resolved.document, deepspeed, resolved.content_id)
+
+
+def _told(change: Any) -> str:
+    return f"{change.path}: {json.dumps(change.old)} -> {json.dumps(change.new)}"
+
+
+def _need_train_extra() -> None:
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("deepspeed") is None:
+        raise UserError("bigbatch", _missing("torch or deepspeed"))
+
+
+def _missing(module: str) -> str:
+    return f"this needs {module}, which is not installed; right is: pip install 'bigbatch[train]'"
+
+
+def _flat(value: Any, path: str = "") -> list[str]:
+    """Return a line a setting: its path, as --set takes it, and its value."""
+    if isinstance(value, dict) and value:
+        return [line for key, item in value.items() for line in _flat(item, f"{path}.{key}" if path else key)]
+    return [f"{path} = {json.dumps(value, ensure_ascii=False)}"]
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
