@@ -16,7 +16,7 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batch(batch: BatchSection, data_ranks: int, step: int | None = None) -> BatchPlan:
-    """Divide the global batch of a step (default: after the ramp) over the ranks; raise UserError if it does not divide."""
+    """Divide the global batch of a step (default: after the ramp) over the ranks, or raise UserError."""
     global_size = batch.global_size if step is None else global_size_at(batch, step)
     if global_size % data_ranks:
         raise UserError(
@@ -29,8 +29,8 @@ def plan_batch(batch: BatchSection, data_ranks: int, step: int | None = None) ->
     if share % micro_size:
         raise UserError(
             "batch.micro_size",
-            f"{micro_size} does not divide a rank's share of {share} samples (global {global_size} / {data_ranks} ranks); "
-            f"right would be one of {_divisors(share)}",
+            f"{micro_size} does not divide a rank's share of {share} samples "
+            f"(global {global_size} / {data_ranks} ranks); right would be one of {_divisors(share)}",
         )
     return BatchPlan(global_size, micro_size, share // micro_size, data_ranks)
 

@@ -38,7 +38,8 @@ def complete(config: RunConfig, native: dict[str, Any], data_ranks: int) -> dict
         "train_batch_size": plan.global_size,
         "train_micro_batch_size_per_gpu": plan.micro_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
-        "gradient_clipping": config.optimizer.gradient_clipping or 0.0,
+        # At stage 0 DeepSpeed takes the norm of the low-precision gradients; the engine clips the float32 ones itself.
+        "gradient_clipping": (config.optimizer.gradient_clipping or 0.0) if stage else 0.0,
         "zero_optimization": {**native.get("zero_optimization", {}), "stage": stage},
         # Our optimizers are torch's own classes: no extension to compile at first use.
         "zero_allow_untested_optimizer": True,
@@ -51,7 +52,7 @@ def _precision_blocks(precision: PrecisionSection) -> dict[str, Any]:
     if precision.dtype == "fp32":
         return {}
     if precision.dtype == "bf16":
-        return {"bf16": {"enabled": True}}
+        return {"bf16": {"enabled": True, "check_grad_overflow": True}}  # else a NaN reaches the weights
     return {
         "fp16": {
             "enabled": True,

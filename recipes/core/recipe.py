@@ -47,7 +47,7 @@ class Recipe(Protocol):
     """The parts that a recipe module (`recipes/<name>/recipe.py`) defines as functions: never control flow."""
 
     def prepare(self, config: Any) -> Path:
-        """Turn raw data into the prepared folder that `open_data` reads, resuming where it stopped; repeat is instant."""
+        """Turn raw data into the folder that `open_data` reads; go on where an earlier call stopped."""
         ...
 
     def open_data(self, config: Any) -> DataSplits:

@@ -1,0 +1,412 @@
+"""Transactional checkpoints of logical tensors, readable under any plan and without unpickling.
+
+A checkpoint is a folder `checkpoints/step_00001000` with one safetensors file a rank and one `manifest.json`. The manifest
+names every logical tensor (name, shape) and where its pieces lie: file, kind (`master`, or a state of the optimizer),
+first element and length in the flattened tensor. It is written last, by rename, after all shards are on disk: a folder
+without a manifest that verifies does not exist.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+from bigbatch.recipes.core.config import RunConfig
+from bigbatch.recipes.core.engine import Engine
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.fragments import Fragment, is_replicated
+from bigbatch.recipes.core.optim import state_keys
+from bigbatch.recipes.core.parallel import Mesh
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MASTER = "master"
+CHUNK_BYTES = 16 * 2**20
+
+
+class Piece(NamedTuple):
+    """A flat range of one kind of one logical tensor, and the file that holds it."""
+
+    file: str
+    kind: str
+    start: int
+    length: int
+
+
+class CheckpointDamagedError(Exception):
+    """A checkpoint that does not verify; says which file and how."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+
+
+def save(run_dir: Path, engine: Engine, mesh: Mesh, state: dict[str, Any]) -> Path:
+    """Write a checkpoint of the engine and the loop's `state` (JSON), then apply retention; return its folder.
+
+    A failure on any rank raises UserError on all of them; checkpoints that were there stay. Collective: every rank must
+    call it.
+    """
+    folder = checkpoint_dir(run_dir, state["step"])
+    with _agreed(mesh, folder):
+        if mesh.is_writer:
+            _clear(folder)
+            folder.mkdir(parents=True)
+    with _agreed(mesh, folder):
+        entries = list(_owned(engine, mesh))
+        shard = f"rank_{mesh.rank:05d}.safetensors"
+        description = write_shard(folder / shard, [(f"{kind}/{item.name}", part) for item, kind, _, part in entries])
+        pieces = [[item.name, item.shape, [shard, kind, start, part.numel()]] for item, kind, start, part in entries]
+        _write_json(folder / f"rank_{mesh.rank:05d}.json", {"file": description, "pieces": pieces})
+        sync_folder(folder)
+    with _agreed(mesh, folder):
+        if mesh.is_writer:
+            _commit(folder, mesh.world_size, {**state, **_engine_state(engine)})
+            _apply_retention(run_dir, engine.config)
+    return folder
+
+
+def _owned(engine: Engine, mesh: Mesh) -> Iterator[tuple[Fragment, str, int, torch.Tensor]]:
+    """Yield (fragment, kind, start, flat tensor) for what this rank writes; at stage 0 each rank takes a share."""
+    for fragment in engine.fragments():
+        begin, end = 0, fragment.master.numel()
+        if is_replicated(engine.deepspeed):
+            begin, end = (end * rank // mesh.data_ranks for rank in (mesh.data_rank, mesh.data_rank + 1))
+        if begin == end:
+            continue
+        yield fragment, MASTER, fragment.start + begin, fragment.master[begin:end]
+        for key in _present_keys(engine):
+            yield fragment, key, fragment.start + begin, fragment.state(engine.optimizer, key)[begin:end]
+
+
+def _present_keys(engine: Engine) -> tuple[str, ...]:
+    """Name the optimizer's state tensors; none before its first step."""
+    return state_keys(engine.config.optimizer) if engine.optimizer.state else ()
+
+
+def _engine_state(engine: Engine) -> dict[str, Any]:
+    state: dict[str, Any] = {"zero_stage": engine.deepspeed.zero_optimization_stage(), "ranks": engine.mesh.world_size}
+    steps = [float(value["step"]) for value in engine.optimizer.state.values() if "step" in value]
+    state["optimizer"] = {"name": engine.config.optimizer.name, "steps": steps[0] if steps else None}
+    if engine.loss_scaler:
+        state["loss_scaler"] = {
+            key: value
+            for key, value in vars(engine.loss_scaler).items()
+            if key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        }
+    return state
+
+
+def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    """Write float32 tensors as a safetensors file, hashed on the way and synced; return its name, bytes and hash.
+
+    The format is written here, not by the library, so that each byte passes once, in pieces.
+    """
+    tensors = list(tensors)
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors:
+        size = tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # the data begin at a multiple of 8
+    digest = xxhash.xxh3_128()
+    with path.open("wb", buffering=0) as file:
+        for chunk in _chunks([len(head).to_bytes(8, "little") + head], tensors):
+            digest.update(chunk)
+            _write_all(file, chunk)
+        os.fsync(file.fileno())
+    return {"name": path.name, "bytes": 8 + len(head) + offset, "xxh3_128": digest.hexdigest()}
+
+
+def _chunks(head: list[bytes], tensors: list[tuple[str, torch.Tensor]]) -> Iterator[memoryview]:
+    yield from (memoryview(part) for part in head)
+    for _, tensor in tensors:
+        data = memoryview(tensor.detach().cpu().contiguous().view(-1).numpy()).cast("B")
+        for begin in range(0, len(data), CHUNK_BYTES):
+            yield data[begin : begin + CHUNK_BYTES]
+
+
+def _write_all(file: Any, chunk: memoryview) -> None:
+    while len(chunk):
+        chunk = chunk[file.write(chunk) :]
+
+
+def _commit(folder: Path, num_ranks: int, state: dict[str, Any]) -> None:
+    """Gather the ranks' descriptions into the manifest: its rename is the moment from which the checkpoint exists."""
+    tensors: dict[str, Any] = {}
+    files = []
+    for rank in range(num_ranks):
+        path = folder / f"rank_{rank:05d}.json"
+        description = json.loads(path.read_text())
+        files.append(description["file"])
+        for name, shape, piece in description["pieces"]:
+            tensors.setdefault(name, {"shape": shape, "dtype": "F32", "pieces": []})["pieces"].append(piece)
+    manifest = {"format": FORMAT_VERSION, **state, "files": files, "tensors": tensors}
+    manifest["xxh3_128"] = _manifest_hash(manifest)
+    _write_json(folder / MANIFEST, manifest)
+    sync_folder(folder)
+    sync_folder(folder.parent)
+    _write_json(folder.parent / "latest", folder.name)
+    sync_folder(folder.parent)
+    for rank in range(num_ranks):
+        (folder / f"rank_{rank:05d}.json").unlink()
+
+
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "xxh3_128"}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _apply_retention(run_dir: Path, config: RunConfig) -> None:
+    """Remove all but the newest `keep` and the permanent ones, the manifest first so that none is half there."""
+    every = config.checkpoint.keep_every_steps
+    steps = [step_of(folder) for folder in committed(run_dir)]
+    for step in steps[config.checkpoint.keep :]:
+        if not every or step % every:
+            _clear(checkpoint_dir(run_dir, step))
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        sync_folder(folder)
+        shutil.rmtree(folder)
+
+
+class _agreed:  # noqa: N801 - reads as a word in `with _agreed(mesh, folder)`
+    """Run a block on every rank; if it failed on any, raise on all, and clear the folder."""
+
+    def __init__(self, mesh: Mesh, folder: Path) -> None:
+        self.mesh, self.folder = mesh, folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, OSError):
+            return
+        (failed,) = self.mesh.sum(0.0 if error is None else 1.0)
+        if not failed:
+            return
+        if self.mesh.is_writer:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        reason = f"{error.strerror or error}" if isinstance(error, OSError) else "another rank could not write"
+        raise UserError(
+            str(self.folder), f"the checkpoint could not be written ({reason}); the earlier ones are untouched"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- restore
+
+
+def restore(run_dir: Path, engine: Engine, mesh: Mesh, say: Any) -> dict[str, Any] | None:
+    """Load the newest checkpoint that verifies, under whatever plan the engine has; return the loop's state, or None.
+
+    Those that do not verify are named through `say`. Collective: every rank must call it.
+    """
+    names = mesh.broadcast_text(
+        " ".join(folder.name for folder in committed(run_dir, say))
+    )  # one rank's view of the disk
+    for name in names.split():
+        folder = run_dir / "checkpoints" / name
+        problem = ""
+        try:
+            reader = Reader(folder)
+            reader.verify(part=mesh.rank, parts=mesh.world_size)
+        except (CheckpointDamagedError, OSError) as error:
+            problem = str(error)
+        (damaged,) = mesh.sum(1.0 if problem else 0.0)
+        if damaged:
+            if problem:
+                say(f"skipped {folder.name}: {problem}")
+            continue
+        load_into(reader, engine)
+        return reader.manifest
+    return None
+
+
+def load_into(reader: "Reader", engine: Engine) -> None:
+    """Fill the engine's masters, optimizer state and loss scaler. Collective: every rank must call it."""
+    _check_shapes(reader, engine)
+    optimizer_state = reader.manifest["optimizer"]
+    same_optimizer = optimizer_state["name"] == engine.config.optimizer.name
+    steps = optimizer_state["steps"] if same_optimizer else None
+    has_state = same_optimizer and any(kind != MASTER for kind in reader.kinds())
+    keys = state_keys(engine.config.optimizer) if has_state else ()
+    for fragment in engine.fragments():
+        reader.read_into(fragment.name, MASTER, fragment.start, fragment.master)
+        if has_state or steps is not None:
+            _make_state(engine.optimizer, fragment, keys, steps)
+        for key in keys:
+            reader.read_into(fragment.name, key, fragment.start, fragment.state(engine.optimizer, key))
+    for key, value in reader.manifest.get("loss_scaler", {}).items():
+        if engine.loss_scaler:
+            setattr(engine.loss_scaler, key, value)
+    engine.write_back()
+
+
+def _make_state(optimizer: torch.optim.Optimizer, fragment: Fragment, keys: tuple[str, ...], steps: Any) -> None:
+    """Make the optimizer's lazy state for a tensor that has none yet."""
+    state = optimizer.state[fragment.flat]
+    if state:
+        return
+    for key in keys:
+        state[key] = torch.zeros_like(fragment.flat.detach())
+    if steps is not None:
+        state["step"] = torch.tensor(steps, dtype=torch.float32)
+
+
+def _check_shapes(reader: "Reader", engine: Engine) -> None:
+    """Refuse a checkpoint of another model, naming the first tensor that differs."""
+    shapes = {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+    for name, shape in shapes.items():
+        if name not in reader.tensors:
+            raise UserError(str(reader.folder), f"has no tensor {name!r} that the model needs: it is of another model")
+        found = tuple(reader.tensors[name]["shape"])
+        if found != shape:
+            raise UserError(str(reader.folder), f"tensor {name!r} is {found}, the model's is {shape}: another model")
+    extra = set(reader.tensors) - set(shapes)
+    if extra:
+        raise UserError(str(reader.folder), f"holds {min(extra)!r}, which the model does not have: another model")
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+class Reader:
+    """A committed checkpoint: its manifest, and its logical tensors a range at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read and check the manifest; raise CheckpointDamagedError if it is not whole."""
+        self.folder = folder
+        try:
+            self.manifest = json.loads((folder / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise CheckpointDamagedError("it has no manifest: the save was interrupted") from None
+        except (ValueError, OSError) as error:
+            raise CheckpointDamagedError(f"{MANIFEST} cannot be read ({error})") from None
+        if not isinstance(self.manifest, dict) or self.manifest.get("xxh3_128") != _manifest_hash(self.manifest):
+            raise CheckpointDamagedError(f"{MANIFEST} does not match its own hash")
+        if self.manifest["format"] != FORMAT_VERSION:
+            raise UserError(str(folder), f"has format {self.manifest['format']}; this version reads {FORMAT_VERSION}")
+        self.tensors: dict[str, Any] = self.manifest["tensors"]
+
+    def kinds(self) -> set[str]:
+        """Name the kinds of tensors there are: `master` and the optimizer's states."""
+        return {kind for tensor in self.tensors.values() for _, kind, _, _ in tensor["pieces"]}
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Check that every file is there; compare the hashes of every `parts`-th one. Raise CheckpointDamagedError."""
+        for index, file in enumerate(self.manifest["files"]):
+            path = self.folder / file["name"]
+            if path.parent != self.folder:
+                raise CheckpointDamagedError(f"{file['name']} lies outside the checkpoint")
+            if not path.exists():
+                raise CheckpointDamagedError(f"{path.name} is missing")
+            if path.stat().st_size != file["bytes"]:
+                raise CheckpointDamagedError(
+                    f"{path.name} has {path.stat().st_size} bytes, {file['bytes']} were written"
+                )
+            if index % parts == part and hash_file(path) != file["xxh3_128"]:
+                raise CheckpointDamagedError(f"{path.name} does not match its hash: its bytes have changed")
+
+    def read(self, name: str, kind: str = MASTER) -> torch.Tensor:
+        """Return one logical tensor whole, float32."""
+        shape = self.tensors[name]["shape"]
+        tensor = torch.empty(shape)
+        self.read_into(name, kind, 0, tensor.view(-1))
+        return tensor
+
+    def read_into(self, name: str, kind: str, start: int, target: torch.Tensor) -> None:
+        """Fill `target` [n] with elements start..start+n of the flattened tensor, from whichever files hold them."""
+        end, filled = start + target.numel(), 0
+        for piece in (Piece(*piece) for piece in self.tensors[name]["pieces"]):
+            low, high = max(start, piece.start), min(end, piece.start + piece.length)
+            if piece.kind != kind or low >= high:
+                continue
+            with safe_open(self.folder / piece.file, framework="pt") as file:
+                source = file.get_slice(f"{kind}/{name}")[low - piece.start : high - piece.start]
+            target[low - start : high - start].copy_(source)
+            filled += high - low
+        if filled != target.numel():
+            raise CheckpointDamagedError(f"{kind} of {name!r} covers {filled} of {target.numel()} elements")
+
+
+def hash_file(path: Path) -> str:
+    """Return the xxh3-128 of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint folder is named after."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def committed(run_dir: Path, say: Any = None) -> list[Path]:
+    """List the folders that have a manifest, newest first; those without are named through `say`."""
+    folders = sorted((run_dir / "checkpoints").glob("step_*"), reverse=True)
+    for folder in folders:
+        if say and not (folder / MANIFEST).exists():
+            say(f"skipped {folder.name}: the save was interrupted")
+    return [folder for folder in folders if (folder / MANIFEST).exists()]
+
+
+def newest(run_dir: Path) -> Reader:
+    """Open the newest committed checkpoint that verifies; raise UserError if there is none."""
+    for folder in committed(run_dir):
+        try:
+            reader = Reader(folder)
+            reader.verify()
+        except CheckpointDamagedError:
+            continue
+        return reader
+    raise UserError(str(run_dir), "has no checkpoint that verifies (bigbatch checkpoint verify says more)")
+
+
+def load_weights(path: Path, model: torch.nn.Module) -> None:
+    """Copy the masters of a checkpoint (or of a run's newest) into a model's parameters, one tensor at a time."""
+    reader = Reader(path) if (path / MANIFEST).exists() else newest(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in reader.tensors:
+                raise UserError(str(reader.folder), f"has no tensor {name!r} that the model needs")
+            parameter.copy_(reader.read(name))
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the folder's own entries on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,163 @@
+"""One train step over DeepSpeed's engine; all that is peculiar to DeepSpeed ends here."""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from bigbatch.recipes.core.batch import plan_batch
+from bigbatch.recipes.core.config import RunConfig
+from bigbatch.recipes.core.fragments import Fragment, fragments, inner_optimizer, is_replicated, segments, write_back
+from bigbatch.recipes.core.optim import Lamb, build_optimizer
+from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.recipe import Batch, Loss
+from bigbatch.recipes.core.schedule import learning_rate_factor
+
+LossFunction = Callable[[nn.Module, Batch], Loss]
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean over all targets of the global batch."""
+    num_targets: int
+    grad_norm: float
+    """Global 2-norm before clipping."""
+    learning_rate: float
+    loss_scale: float
+    skipped: bool
+    """The gradient was not finite and the weights stayed as they were."""
+
+
+class Engine:
+    """A model under DeepSpeed: train steps, evaluation, and access to its state."""
+
+    def __init__(self, module: nn.Module, config: RunConfig, document: dict[str, Any], mesh: Mesh) -> None:
+        """Wrap the module. Collective: every rank must call it."""
+        self.config, self.mesh = config, mesh
+        self._hook_norm = math.nan
+        optimizer = build_optimizer(config.optimizer, module)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # DeepSpeed may step once while it sets up
+        deepspeed = import_deepspeed()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DeepSpeed's own, about its use of torch
+            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=document)
+        self.optimizer = inner_optimizer(self.deepspeed)
+        self.optimizer.state.clear()  # what that step left: Adam's bias correction would be one step ahead
+        if is_replicated(self.deepspeed):
+            self.optimizer.register_step_pre_hook(self._clip_float32_gradients)
+        if isinstance(self.optimizer, Lamb):
+            pieces, count = segments(self.fragments(), module)
+            sum_over_ranks = (lambda norms: None) if is_replicated(self.deepspeed) else mesh.sum_in_place
+            self.optimizer.set_segments(pieces, count, sum_over_ranks)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself; under ZeRO-3 its weights are there only inside a forward pass."""
+        return self.deepspeed.module
+
+    def fragments(self) -> list[Fragment]:
+        """List this rank's pieces of the masters, with access to the optimizer's state."""
+        return fragments(self.deepspeed)
+
+    def write_back(self) -> None:
+        """Bring the working weights up to date with restored masters. Collective: every rank must call it."""
+        write_back(self.deepspeed)
+
+    @property
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's loss scaler (fp16), else None."""
+        if self.config.precision.dtype != "fp16":
+            return None
+        wrapper = self.deepspeed.optimizer
+        return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
+
+    def train_step(
+        self, step: int, batches: list[dict[str, np.ndarray]], loss: LossFunction, num_targets: int
+    ) -> StepResult:
+        """Take optimizer step `step` (0 is the first) on this rank's micro-batches.
+
+        `num_targets` is the true count over all micro-batches and all ranks: the one number that the loss is divided
+        by. Collective: every rank must call it with equally many micro-batches.
+        """
+        engine = self.deepspeed
+        engine.train()
+        plan = plan_batch(self.config.batch, self.mesh.data_ranks, step)
+        if engine.train_batch_size() != plan.global_size:
+            engine.set_train_batch_size(plan.global_size)
+        rate = self.config.optimizer.learning_rate * learning_rate_factor(self.config.schedule, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss_sum = 0.0
+        scale = self.loss_scale
+        for index, batch in enumerate(batches):
+            # Dropout is a function of (seed, step, micro-batch, rank), so a resume needs no saved generator.
+            torch.manual_seed(mix(self.config.seed, step, index, self.mesh.data_rank))
+            result = loss(engine, to_device(batch, self.mesh.device))
+            # DeepSpeed averages over data ranks; multiplied back, the gradient is that of sum / num_targets.
+            # At stage 0 it divides by the loss scale but leaves it to us to multiply.
+            factor = scale if is_replicated(engine) else 1.0
+            engine.backward(result.sum * (factor * self.mesh.data_ranks / num_targets), scale_wrt_gas=False)
+            loss_sum += result.sum.detach().double()
+            engine.step()
+        (total,) = self.mesh.sum(float(loss_sum))
+        norm = self._grad_norm()
+        loss_mean = total / num_targets
+        skipped = not (math.isfinite(norm) and math.isfinite(loss_mean))
+        return StepResult(loss_mean, num_targets, norm, rate, scale, skipped)
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss in fp16, else 1."""
+        return float(self.loss_scaler.cur_scale) if self.loss_scaler else 1.0
+
+    def _grad_norm(self) -> float:
+        if is_replicated(self.deepspeed) and self.config.precision.dtype != "fp16":
+            return self._hook_norm
+        if getattr(self.deepspeed.optimizer, "overflow", False):
+            return math.inf
+        return self._hook_norm if is_replicated(self.deepspeed) else float(self.deepspeed.get_global_grad_norm())
+
+    def _clip_float32_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Clip before a step at stage 0, where DeepSpeed would take the norm of the bf16 gradients in bf16."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._hook_norm = float(norm)
+        if not math.isfinite(self._hook_norm):
+            for parameter in parameters:
+                parameter.grad = None  # the update passes over it
+        elif self.config.optimizer.gradient_clipping:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.gradient_clipping, norm)
+
+
+def to_device(batch: dict[str, np.ndarray], device: torch.device) -> Batch:
+    """Move a batch to a rank's device."""
+    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in batch.items()}
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed quietly, and without the extension that it would compile for minutes at start."""
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates, at every step.
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed  # noqa: PLC0415 - seconds, and not needed by those who import this module for its types
+        import deepspeed.ops  # noqa: PLC0415
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it serves inference_all_reduce alone
+    return deepspeed
+
+
+def mix(*numbers: int) -> int:
+    """Mix small numbers into one 63-bit seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

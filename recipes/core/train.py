@@ -1,0 +1,239 @@
+"""The one training loop: restore, then evaluate, save and step until the last step."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from bigbatch.recipes.core import checkpoint
+from bigbatch.recipes.core.batch import global_size_at, plan_batch
+from bigbatch.recipes.core.config import RunConfig
+from bigbatch.recipes.core.data.sampler import chain_hash, rank_slice, sample_order
+from bigbatch.recipes.core.engine import Engine, StepResult, to_device
+from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.recipe import DataSplits, Samples
+from bigbatch.recipes.core.report import Reporter, StepRecord, measured_peak_flops
+from bigbatch.recipes.core.runtime import StopFlag
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a process needs to take part in a run: its folder, and the documents resolved in it."""
+
+    run_dir: Path
+    config: RunConfig
+    deepspeed: dict[str, Any]
+    content_id: str
+    recipe: Any
+
+
+class TrainState(NamedTuple):
+    """Everything of the loop that a resume needs, beside the engine's own state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    order_hash: str = ""
+    """Chained hash of the ids of all consumed samples, in order."""
+    skipped_in_a_row: int = 0
+
+
+class NonFiniteError(Exception):
+    """The loss or the gradient was not a finite number."""
+
+
+def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, object]) -> int:
+    """Train to the last step, or until a signal asks to save; return the exit status. Collective."""
+    started = time.monotonic()
+    config, recipe = run.config, run.recipe
+    phase["phase"] = "data"
+    data = recipe.open_data(config)
+    phase["phase"] = "model"
+    torch.manual_seed(config.seed)
+    engine = Engine(recipe.build_model(config, data.facts), config, run.deepspeed, mesh)
+    phase["phase"] = "restore"
+    state = restored = _restore(run, engine, mesh, data)
+    last_step = min(config.schedule.total_steps, config.schedule.stop_step or config.schedule.total_steps)
+    reporter = _reporter(run, mesh, data, state.step, last_step, time.monotonic() - started)
+    asked_to_stop = False
+    while True:
+        ended = state.step >= last_step or asked_to_stop
+        if state.step > restored.step and data.validation and _due(state.step, config.evaluate.every_steps, last_step):
+            phase.update(phase="evaluate", step=state.step)
+            _evaluate_and_sample(run, engine, mesh, data, reporter, state.step)
+        if state.step > restored.step and (ended or _due(state.step, config.checkpoint.every_steps, last_step)):
+            phase.update(phase="save", step=state.step)
+            _save(run, engine, mesh, data, reporter, state)
+        if ended:
+            break
+        phase.update(phase="step", step=state.step)
+        begin = time.monotonic()
+        batches, order_hash = _next_batches(config, data.train, state, mesh)
+        own_targets = sum(recipe.count_targets(batch) for batch in batches)
+        num_targets, stops = mesh.sum(own_targets, float(bool(stop.signal_name)))
+        result = engine.train_step(state.step, batches, recipe.loss, int(num_targets))
+        state = _advance(config, state, result, order_hash)
+        reporter.step(_record(config, state, result, time.monotonic() - begin))
+        asked_to_stop = stops > 0
+    if asked_to_stop and state.step < last_step:
+        reporter.event(
+            state.step, "stopped", f"by {stop.signal_name or 'a signal to another rank'}; everything is saved"
+        )
+        reporter.close()
+        return EXIT_REQUEUE
+    reporter.close()
+    return EXIT_DONE
+
+
+def evaluate(
+    run: Run, model: nn.Module, samples: Samples, mesh: Mesh, max_samples: int | None = None
+) -> dict[str, float]:
+    """Return the mean loss over a split and the recipe's figures, each sample counted once whatever the ranks.
+
+    `model` is DeepSpeed's engine or a plain module. Collective: every rank must call it.
+    """
+    size = plan_batch(run.config.batch, mesh.data_ranks).micro_size
+    was_training = model.training
+    model.eval()
+    loss_sum, num_targets = 0.0, 0
+    with torch.no_grad():
+        for batch, counts in _evaluation_batches(samples, size, mesh, max_samples):
+            result = run.recipe.loss(model, to_device(batch, mesh.device))
+            if counts:
+                loss_sum += float(result.sum)
+                num_targets += result.num_targets
+    model.train(was_training)
+    total, count = mesh.sum(loss_sum, num_targets)
+    loss = total / count
+    return {"loss": loss, **run.recipe.metrics(loss), "num_targets": count}
+
+
+def _evaluation_batches(
+    samples: Samples, size: int, mesh: Mesh, max_samples: int | None
+) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
+    """Yield equally many batches on every rank (ZeRO-3 gathers weights in step); a filler is marked False."""
+    ids = np.arange(min(samples.num_samples, max_samples or samples.num_samples), dtype=np.int64)
+    rounds = math.ceil(len(ids) / (size * mesh.data_ranks))
+    for index in range(rounds):
+        begin = (index * mesh.data_ranks + mesh.data_rank) * size
+        own = ids[begin : begin + size]
+        counts = len(own) > 0
+        own = own if counts else ids[:1]
+        yield samples.batch(own, np.zeros_like(own)), counts
+
+
+def _restore(run: Run, engine: Engine, mesh: Mesh, data: DataSplits) -> TrainState:
+    def say(message: str) -> None:
+        if mesh.is_writer:
+            print(message, flush=True)
+
+    saved = checkpoint.restore(run.run_dir, engine, mesh, say)
+    if saved is None:
+        return TrainState()
+    if saved["data_fingerprint"] != data.train.fingerprint:
+        raise UserError(
+            "data",
+            f"has changed since the checkpoint of step {saved['step']} (fingerprint {data.train.fingerprint[:12]}, "
+            f"was {saved['data_fingerprint'][:12]}): bring the data back, or train in a new run folder",
+        )
+    state = TrainState(saved["step"], saved["consumed_samples"], saved["order_hash"])
+    say(
+        f"resumed after step {state.step}: samples 0..{state.consumed_samples - 1} were seen, "
+        f"next is {state.consumed_samples} (order {state.order_hash[:12]})"
+    )
+    return state
+
+
+def _reporter(run: Run, mesh: Mesh, data: DataSplits, step: int, last_step: int, seconds: float) -> Reporter:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.config.precision.dtype]
+    return Reporter(
+        run.run_dir,
+        run.config,
+        is_writer=mesh.is_writer,
+        total_steps=last_step,
+        start_step=step,
+        num_ranks=mesh.world_size,
+        tokens_per_sample=data.facts.get("tokens_per_sample"),
+        flops_per_sample=run.recipe.flops_per_sample(run.config, data.facts),
+        peak_flops=measured_peak_flops(dtype),
+        start_up_seconds=seconds,
+    )
+
+
+def _due(step: int, every_steps: int, last_step: int) -> bool:
+    return step % every_steps == 0 or step == last_step
+
+
+def _evaluate_and_sample(run: Run, engine: Engine, mesh: Mesh, data: DataSplits, reporter: Reporter, step: int) -> None:
+    begin = time.monotonic()
+    assert data.validation
+    figures = evaluate(run, engine.deepspeed, data.validation, mesh, run.config.evaluate.max_samples)
+    reporter.evaluation(step, figures, time.monotonic() - begin)
+    begin = time.monotonic()
+    samples = run.recipe.samples_of_text(run.config, engine.module, data.facts)
+    if samples:
+        reporter.text(step, samples, time.monotonic() - begin)
+
+
+def _save(run: Run, engine: Engine, mesh: Mesh, data: DataSplits, reporter: Reporter, state: TrainState) -> None:
+    begin = time.monotonic()
+    content = {
+        **state._asdict(),
+        "content_id": run.content_id,
+        "data_fingerprint": data.train.fingerprint,
+        "run": run.config.model_dump(mode="json"),
+        "facts": data.facts,
+    }
+    folder = checkpoint.save(run.run_dir, engine, mesh, content)
+    reporter.event(state.step, "saved", folder.name, time.monotonic() - begin)
+
+
+def _next_batches(
+    config: RunConfig, samples: Samples, state: TrainState, mesh: Mesh
+) -> tuple[list[dict[str, np.ndarray]], str]:
+    """Return this rank's micro-batches of the next step, and the order's hash after it."""
+    plan = plan_batch(config.batch, mesh.data_ranks, state.step)
+    order = sample_order(config.seed, samples.num_samples, state.consumed_samples, plan.global_size)
+    batches = []
+    for micro in range(plan.accumulation_steps):
+        own = rank_slice(plan.micro_size, plan.data_ranks, mesh.data_rank, micro)
+        batches.append(samples.batch(order.ids[own], order.epochs[own]))
+    return batches, chain_hash(bytes.fromhex(state.order_hash), order.ids, order.epochs).hex()
+
+
+def _advance(config: RunConfig, state: TrainState, result: StepResult, order_hash: str) -> TrainState:
+    skipped = state.skipped_in_a_row + 1 if result.skipped else 0
+    precision = config.precision
+    if result.skipped and precision.dtype != "fp16" and precision.on_non_finite == "stop":
+        raise NonFiniteError(
+            f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}. The checkpoints before it are "
+            "whole; lower optimizer.learning_rate, or set precision.on_non_finite to skip"
+        )
+    if skipped > precision.max_skipped_steps:
+        raise NonFiniteError(
+            f"step {state.step}: {skipped} steps in a row were not finite (precision.max_skipped_steps)"
+        )
+    consumed = state.consumed_samples + global_size_at(config.batch, state.step)
+    return TrainState(state.step + 1, consumed, order_hash, skipped)
+
+
+def _record(config: RunConfig, state: TrainState, result: StepResult, seconds: float) -> StepRecord:
+    return StepRecord(
+        step=state.step,
+        loss=result.loss,
+        learning_rate=result.learning_rate,
+        grad_norm=result.grad_norm,
+        num_targets=result.num_targets,
+        num_samples=global_size_at(config.batch, state.step - 1),
+        consumed_samples=state.consumed_samples,
+        step_seconds=seconds,
+        loss_scale=result.loss_scale if config.precision.dtype == "fp16" else None,
+        skipped=result.skipped,
+    )
