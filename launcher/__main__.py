@@ -90,16 +90,16 @@ def ensure_installed(extras: tuple[str, ...]) -> None:
 
 
 def is_installed(extras: tuple[str, ...], stamp: dict) -> bool:
-    """Tell whether the stamp covers these extras for this clone, this Python and this project file."""
-    if not is_usable(stamp) or stamp["project"] != project_hash() or not set(extras) <= set(stamp["extras"]):
-        return False
-    # On a home folder that a cluster's nodes share, the node with the GPU exchanges the CPU build, once.
-    return not (has_nvidia_gpu() and stamp["torch"].endswith("+cpu"))
+    """Tell whether the stamp covers these extras, this clone, this Python and this project file."""
+    return is_usable(stamp) and stamp["project"] == project_hash() and set(extras) <= set(stamp["extras"])
 
 
 def is_usable(stamp: dict) -> bool:
     """Tell whether .venv holds a whole installation, though maybe of an older project file."""
-    return bool(stamp) and stamp["place"] == place() and VENV_PYTHON.exists()
+    if not stamp or stamp["place"] != place() or not VENV_PYTHON.exists():
+        return False
+    # On a home folder that a cluster's nodes share, the first node with a GPU exchanges the CPU build.
+    return stamp["gpu"] or not has_nvidia_gpu()
 
 
 def place() -> list:
@@ -144,12 +144,11 @@ def install(extras: list[str], stamp: dict) -> None:
         make_environment()
     torch = choose_torch()
     pip(f"Installing {torch.requirement}{torch.note}", "install", torch.requirement, *torch.options)
-    version = installed_version("torch")
-    constraints = VENV / "bigbatch-constraints.txt"
-    constraints.write_text(f"torch=={version}\n")  # nothing else may exchange the build
+    constraints = VENV / "bigbatch-constraints.txt"  # nothing else may exchange the build
+    constraints.write_text(f"torch=={installed_version('torch')}\n")
     project = f"{ROOT}[{','.join(extras)}]"
     pip(f"Installing bigbatch[{','.join(extras)}]", "install", "--constraint", str(constraints), "--editable", project)
-    stamp = {"place": place(), "project": project_hash(), "extras": extras, "torch": version}
+    stamp = {"place": place(), "project": project_hash(), "extras": extras, "gpu": has_nvidia_gpu()}
     temporary = STAMP.with_suffix(".tmp")
     temporary.write_text(json.dumps(stamp))
     temporary.replace(STAMP)

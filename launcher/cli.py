@@ -87,11 +87,8 @@ def check(run: str, ranks: int | None, overrides: list[str], as_json: bool) -> i
     from bigbatch.launcher import preflight
     from bigbatch.launcher.local import default_ranks
 
-    findings = preflight.check(_resolve(run, overrides), ranks or default_ranks())
-    if as_json:
-        _print_json([finding._asdict() for finding in findings])
-    else:
-        print(preflight.render(findings))
+    findings = preflight.check_run(_document_of(run), overrides, ranks or default_ranks())
+    print(preflight.to_json(findings) if as_json else preflight.render(findings))
     return EXIT_USER_ERROR if preflight.has_errors(findings) else EXIT_DONE
 
 
@@ -116,8 +113,8 @@ def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str
     _need_train_extra()
     resolved = _resolve(run, overrides)
     ranks = ranks or default_ranks()
+    _refuse_errors(resolved, ranks)
     deepspeed = complete(resolved.config, resolved.deepspeed, ranks)
-    _refuse_findings(resolved, ranks)
     folder = choose(run, run_dir)
     with hold(folder):
         _set_up(folder, resolved, deepspeed, resume)
@@ -246,7 +243,7 @@ class _Version(argparse.Action):
     """Looks the version up only when asked."""
 
     def __init__(self, option_strings: list[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="print the version")
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from importlib.metadata import version
@@ -256,43 +253,53 @@ class _Version(argparse.Action):
 
 
 def _resolve(run: str, overrides: list[str]) -> "Resolved":
-    """Resolve a name, a path, or what a run folder was started with."""
     from bigbatch.launcher.resolve import resolve
+
+    return resolve(_document_of(run), overrides)
+
+
+def _document_of(run: str) -> str:
+    """Return the document that a run folder was started with; a name or path as it is."""
     from bigbatch.launcher.run_dir import RunDir
 
     folder = RunDir(Path(run))
-    return resolve(str(folder.run) if folder.exists() else run, overrides)
+    return str(folder.run) if folder.exists() else run
 
 
-def _refuse_findings(resolved: "Resolved", ranks: int) -> None:
-    """Show what preflight found; stop at an error."""
+def _refuse_errors(resolved: "Resolved", ranks: int) -> None:
+    """Raise UserError with all that preflight knows to be wrong; say what it warns of."""
     from bigbatch.launcher import preflight
+    from bigbatch.launcher.problems import InvalidDocumentError, Problem
 
-    findings = preflight.check(resolved, ranks)
-    if preflight.has_errors(findings):
-        raise UserError("", preflight.render(findings))
+    problems = []
+    for finding in preflight.check(resolved, ranks):
+        message = finding.message + (f" -> {finding.advice}" if finding.advice else "")
+        if finding.severity == "error":
+            problems.append(Problem(finding.path, message))
+        elif finding.severity == "warning":
+            _say(f"warning: {finding.path}: {message}")
+    if problems:
+        raise InvalidDocumentError(problems)
 
 
 def _set_up(folder: "RunDir", resolved: "Resolved", deepspeed: dict[str, Any], resume: "Resume") -> None:
     """Write the run folder's documents; when its run has begun, say what changes and refuse what cannot."""
+    from bigbatch.launcher.problems import InvalidDocumentError, Problem
     from bigbatch.launcher.resolve import compare
     from bigbatch.launcher.run_dir import check_resume, write
 
     check_resume(folder, resume)
     if folder.has_checkpoint():
-        changes = compare(json.loads(folder.run.read_text(encoding="utf-8")), resolved.document)
-        impossible = [change for change in changes if change.kind == "impossible"]
-        if impossible:
-            raise UserError(
-                "", "\n".join(f"{_told(change)}; the run has begun: use a new folder" for change in impossible)
-            )
-        for change in changes:
-            _say(f"changed: {_told(change)} ({change.kind.replace('_', ' ')})")
+        problems = []
+        for change in compare(json.loads(folder.run.read_text(encoding="utf-8")), resolved.document):
+            told = f"{json.dumps(change.old)} -> {json.dumps(change.new)}"
+            if change.kind == "impossible":
+                problems.append(Problem(change.path, f"{told}, but the run has begun; right is a new --run-dir"))
+            else:
+                _say(f"changed: {change.path}: {told} ({change.kind.replace('_', ' ')})")
+        if problems:
+            raise InvalidDocumentError(problems)
     write(folder, resolved.document, deepspeed, resolved.content_id)
-
-
-def _told(change: Any) -> str:
-    return f"{change.path}: {json.dumps(change.old)} -> {json.dumps(change.new)}"
 
 
 def _need_train_extra() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import bigbatch.launcher
 from bigbatch.launcher import run_dir
 from bigbatch.launcher.run_dir import RunDir
 from bigbatch.recipes.core.errors import UserError
@@ -131,12 +130,3 @@ def test_an_unwritable_place_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
         run_dir.hold(RunDir(tmp_path / "file" / "run")).__enter__()
-
-
-def test_the_launcher_package_refuses_to_be_imported_beside_the_namespace():
-    root = Path(bigbatch.launcher.__file__).parents[1]
-    result = subprocess.run(
-        [sys.executable, "-c", "import launcher"], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 1
-    assert "import bigbatch.launcher, not launcher" in result.stderr
