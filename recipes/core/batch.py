@@ -1,5 +1,6 @@
 """Batch algebra: global size = micro size x accumulation steps x data ranks. Pure arithmetic, no torch."""
 
+import math
 from typing import NamedTuple
 
 from bigbatch.recipes.core.config import BatchSection
@@ -22,7 +23,7 @@ def plan_batch(batch: BatchSection, data_ranks: int, step: int | None = None) ->
         raise UserError(
             "batch.global_size",
             f"{global_size} samples do not divide over {data_ranks} data ranks; "
-            f"right would be {_multiples_near(global_size, data_ranks)}",
+            f"right would be {_multiples_near(global_size, data_ranks * (batch.micro_size or 1))}",
         )
     share = global_size // data_ranks
     micro_size = batch.micro_size or max_micro_size(batch, data_ranks)
@@ -30,40 +31,31 @@ def plan_batch(batch: BatchSection, data_ranks: int, step: int | None = None) ->
         raise UserError(
             "batch.micro_size",
             f"{micro_size} does not divide a rank's share of {share} samples "
-            f"(global {global_size} / {data_ranks} ranks); right would be one of {_divisors(share)}",
+            f"(global {global_size} / {data_ranks} ranks); "
+            f"right would be one of {_divisors(max_micro_size(batch, data_ranks))}",
         )
     return BatchPlan(global_size, micro_size, share // micro_size, data_ranks)
 
 
 def max_micro_size(batch: BatchSection, data_ranks: int) -> int:
     """Return the largest micro-batch that divides a rank's share at every stage of the ramp."""
-    shares = [size // data_ranks for size in _sizes(batch)]
-    return max(size for size in _divisors(min(shares)) if all(share % size == 0 for share in shares))
+    return math.gcd(*(size // data_ranks for size in _sizes(batch)))
 
 
 def check_batch(batch: BatchSection, data_ranks: int) -> BatchPlan:
     """Check every stage of the ramp; return the plan after it."""
-    for stage in batch.ramp:
+    for number, stage in enumerate(batch.ramp):
         try:
             plan_batch(batch, data_ranks, stage.until_step - 1)
         except UserError as error:
-            raise UserError(error.where, f"in the ramp until step {stage.until_step}: {error.message}") from None
+            where = error.where.replace("batch.global_size", f"batch.ramp[{number}].global_size")
+            raise UserError(where, f"in the ramp until step {stage.until_step}: {error.message}") from None
     return plan_batch(batch, data_ranks)
 
 
 def global_size_at(batch: BatchSection, step: int) -> int:
     """Return the samples of optimizer step `step` (0 is the first)."""
     return next((stage.global_size for stage in batch.ramp if step < stage.until_step), batch.global_size)
-
-
-def samples_before(batch: BatchSection, step: int) -> int:
-    """Return the samples consumed by all steps before `step`: the data position is a function of the step alone."""
-    consumed, begin = 0, 0
-    for stage in batch.ramp:
-        end = min(step, stage.until_step)
-        consumed += max(0, end - begin) * stage.global_size
-        begin = max(begin, end)
-    return consumed + max(0, step - begin) * batch.global_size
 
 
 def _sizes(batch: BatchSection) -> list[int]:

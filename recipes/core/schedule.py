@@ -30,7 +30,8 @@ def _decay(schedule: ScheduleSection, progress: float) -> float:
 
 def _wsd(schedule: ScheduleSection, step: int) -> float:
     """Warm up, stay, decay linearly (Hu et al. 2024, MiniCPM, section 4)."""
-    decay_steps = schedule.decay_steps or max(1, schedule.total_steps // 10)
+    after_peak = schedule.total_steps - 1 - schedule.warmup_steps
+    decay_steps = schedule.decay_steps or max(1, min(schedule.total_steps // 10, after_peak))
     decay_begin = schedule.total_steps - decay_steps
     if step < decay_begin:
         return 1.0
