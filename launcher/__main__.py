@@ -96,14 +96,15 @@ def is_installed(extras: tuple[str, ...], stamp: dict) -> bool:
 
 def is_usable(stamp: dict) -> bool:
     """Tell whether .venv holds a whole installation, though maybe of an older project file."""
-    if not stamp or stamp["place"] != place() or not VENV_PYTHON.exists():
+    if stamp.get("place") != place() or not VENV_PYTHON.exists():
         return False
     # On a home folder that a cluster's nodes share, the first node with a GPU exchanges the CPU build.
     return stamp["gpu"] or not has_nvidia_gpu()
 
 
 def place() -> list:
-    return [str(ROOT), *sys.version_info[:2]]
+    """Return what an environment cannot change; the first number is the form of the stamp."""
+    return [1, str(ROOT), *sys.version_info[:2]]
 
 
 def project_hash() -> str:

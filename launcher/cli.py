@@ -165,10 +165,17 @@ TOOLS = {
     "doctor": ("doctor", "Say which fused parts are in use on this machine, and why not the others."),
 }
 
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; right is a number from 1 on")
+    return int(text)
+
+
 FLAGS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN | RUN_DIR", "help": "name or path of a run document, or a run folder"},
     "run_dir": {"metavar": "RUN_DIR", "type": Path, "help": "folder of a run"},
-    "--ranks": {"type": int, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
+    "--ranks": {"type": _positive, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
     "--run-dir": {"type": Path, "metavar": "D", "help": "folder of the run (default: a new one under runs/)"},
     "--set": {
         "action": "append",
@@ -199,8 +206,6 @@ def _run_verb(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
         raise UserError(f"bigbatch {arguments[0]}", _no_such_verb(arguments[0]))
     options = vars(_parser().parse_args(arguments or ["--help"]))
-    if (options.get("ranks") or 1) < 1:
-        raise UserError("--ranks", f"found {options['ranks']}; right is 1 or more")
     return VERBS[options.pop("verb")].function(**options)
 
 

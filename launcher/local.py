@@ -219,13 +219,14 @@ def _tell_user_error(first: Rank, failed: Rank) -> None:
 def _write_failure(path: Path, rank: Rank) -> None:
     """Write the digest that the rank itself could not write."""
     status = rank.process.returncode
+    log = rank.log or path.parent / "log" / "rank0.txt"
     digest: dict[str, Any] = {
         "rank": rank.number,
         "host": socket.gethostname(),
         "exit_status": status if status >= 0 else None,
         "signal": signal.Signals(-status).name if status < 0 else None,
-        "log_tail": _log_tail(rank.log or path.parent / "log" / "rank0.txt"),
-        "what_to_do": _advice(status, rank.number),
+        "log_tail": _log_tail(log),
+        "what_to_do": _advice(status, log),
     }
     path.write_text(json.dumps(digest, indent=2) + "\n")
 
@@ -239,7 +240,7 @@ def _log_tail(path: Path) -> list[str]:
         return []
 
 
-def _advice(status: int, number: int) -> str:
+def _advice(status: int, log: Path) -> str:
     if status == -signal.SIGKILL:
         return (
             "the kernel may have ended it for lack of memory (dmesg | grep -i 'killed process' tells): "
@@ -247,7 +248,7 @@ def _advice(status: int, number: int) -> str:
         )
     if status in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGABRT):
         return "a crash in compiled code: run `bigbatch doctor`; SIGBUS may mean that /dev/shm or the disk is full"
-    return f"read log/rank{number}.txt; the same command goes on from the last checkpoint"
+    return f"read {f'log/{log.name}' if log.exists() else 'the lines above'}; the same command goes on where it stopped"
 
 
 def _tell_failure(path: Path) -> None:
