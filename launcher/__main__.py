@@ -307,7 +307,7 @@ def link_namespace() -> None:
     for name in MAPPED_FOLDERS:
         link = namespace / name
         if not link.is_symlink():
-            link.symlink_to(ROOT / name, target_is_directory=True)
+            link.symlink_to(Path("..", "..", "..", name))
 
 
 def test_environment() -> dict[str, str]:
