@@ -85,12 +85,20 @@ def _run(arguments: list[str]) -> int:
 
 
 def _closing(folder: str, seconds: float) -> str:
-    activate = "" if shutil.which("bigbatch") else ". .venv/bin/activate\n"
-    return f"""
-Done in {seconds // 60:.0f} min {seconds % 60:.0f} s. The report: {folder}/report.html. Three commands to try next:
-{activate}{_typed(["generate", f"{folder}/hugging_face", "--prompt", "If the ", "--temperature", "1.0"])}
-{_typed(["recipes"])}
-{_typed(["train", RUN, "--ranks", "2", "--set", "optimizer.name=lion", "--set", "optimizer.learning_rate=0.0003"])}"""
+    lines = [
+        f"\nDone in {seconds // 60:.0f} min {seconds % 60:.0f} s. The report: {folder}/report.html",
+        "Three commands to try next" + (":" if shutil.which("bigbatch") else ", after `. .venv/bin/activate`:"),
+    ]
+    return "\n".join([*lines, *map(_typed, _next_commands(folder))])
+
+
+def _next_commands(folder: str) -> list[list[str]]:
+    lion = ["--set", "optimizer.name=lion", "--set", "optimizer.learning_rate=0.0003"]
+    return [
+        ["generate", f"{folder}/hugging_face", "--prompt", "If the ", "--temperature", "1.0"],
+        ["train", RUN, "--ranks", "2", *lion],
+        ["recipes"],
+    ]
 
 
 def _typed(arguments: list[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bigbatch.launcher import cli
+from bigbatch.launcher import cli, quickstart
 from bigbatch.launcher.resolve import resolve
 from bigbatch.launcher.run_dir import RunDir, hold, write
 from bigbatch.recipes.core.engine_config import complete
@@ -197,3 +197,22 @@ def test_without_the_extra_a_verb_that_trains_says_what_to_install(monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'bigbatch\[train\]'"):
         cli.prepare("gpt/quick", [])
+
+
+def test_every_command_of_the_quick_start_is_one_that_the_command_line_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [step.arguments for step in quickstart._steps("runs/quickstart")]
+    for arguments in [*commands, *quickstart._next_commands("runs/quickstart")]:
+        if arguments[0] in cli.TOOLS:
+            continue
+        options = cli._parser().parse_args(arguments)
+        if arguments[:2] == ["train", "gpt/quick"]:
+            resolve(options.run, options.overrides)
+    assert {arguments[0] for arguments in commands} >= {"train", "evaluate", "convert", "generate", "report"}
+
+
+def test_the_quick_start_never_takes_a_folder_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/quickstart", "runs/quickstart-2", "runs/quickstart-3"):
+        assert quickstart._fresh_folder() == expected
+        Path(expected).mkdir(parents=True)
