@@ -1,0 +1,83 @@
+"""Samples cut from a prepared token stream. B samples, T tokens each."""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from bigbatch.recipes.core.data import tokenizing
+from bigbatch.recipes.core.data.manifest import TOKENS_SUFFIX, check_sizes, read_manifest
+from bigbatch.recipes.core.errors import UserError
+
+IGNORED_LABEL = -100
+
+
+class TokenSamples:
+    """A split of a prepared folder as `Samples`: sample i is tokens i*T to i*T+T, its labels the same one further.
+
+    So every token but the first is a target once an epoch, except for fewer than T at the end. With `isolate`, the
+    batch also holds positions [B, T] int64, which begin anew at each document, and documents [B, T] int32, the number
+    of the document within its row; and no document has to predict the beginning of the next (label -100).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        sequence_length: int,
+        packing: Literal["concatenate", "isolate"] = "concatenate",
+    ) -> None:
+        """Map the shards into memory after a look at their sizes and at the tokenizer."""
+        manifest = read_manifest(folder)
+        check_sizes(folder, manifest)
+        found = tokenizing.fingerprint(folder / tokenizing.TOKENIZER_FILE)
+        if found != manifest.tokenizer_fingerprint:
+            raise UserError(str(folder / tokenizing.TOKENIZER_FILE), "is not the tokenizer that made these shards")
+        tokens = manifest.splits[split].num_tokens if split in manifest.splits else 0
+        if tokens <= sequence_length:
+            needed = f"a sample of data.sequence_length {sequence_length} needs {sequence_length + 1}"
+            raise UserError(f"data.{split}", f"has {tokens} tokens; {needed}")
+        shards = manifest.splits[split].shards
+        self.tokenizer_folder = folder
+        self.vocabulary_size = manifest.vocabulary_size
+        self.end_of_text = manifest.end_of_text
+        self.sequence_length = sequence_length
+        self.isolate = packing == "isolate"
+        self.num_samples = (tokens - 1) // sequence_length
+        self.data_fingerprint = manifest.fingerprint
+        content = f"{manifest.fingerprint} {split} {sequence_length} {packing}"
+        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        paths = [(folder / shard.name).with_suffix(TOKENS_SUFFIX) for shard in shards]
+        self._shards = [np.memmap(path, manifest.dtype, "r").view(np.ndarray) for path in paths]
+        self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
+
+    def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        """Return tokens and labels [B, T] int64 of these samples; they are the same in every epoch."""
+        window = self._gather(sample_ids)  # [B, T + 1]
+        tokens, labels = window[:, :-1], window[:, 1:]
+        if not self.isolate:
+            return {"tokens": tokens, "labels": labels}
+        ends = tokens == self.end_of_text
+        documents = np.cumsum(ends, axis=1, dtype=np.int32) - ends
+        begins = np.zeros_like(tokens)
+        begins[:, 1:] = np.where(ends[:, :-1], np.arange(1, self.sequence_length), 0)
+        positions = np.arange(self.sequence_length) - np.maximum.accumulate(begins, axis=1)
+        labels = np.where(ends, IGNORED_LABEL, labels)
+        return {"tokens": tokens, "labels": labels, "positions": positions, "documents": documents.astype(np.int32)}
+
+    def _gather(self, sample_ids: np.ndarray) -> np.ndarray:
+        length = self.sequence_length + 1
+        firsts = np.asarray(sample_ids, np.int64) * self.sequence_length
+        window = np.empty((len(firsts), length), np.int64)
+        numbers = np.searchsorted(self._starts, firsts, side="right") - 1
+        offsets = firsts - self._starts[numbers]
+        for row, number, offset in zip(window, numbers.tolist(), offsets.tolist(), strict=True):
+            part = self._shards[number][offset : offset + length]
+            row[: len(part)] = part
+            filled, following = len(part), number + 1
+            while filled < length:  # a sample may go on in the next shards
+                part = self._shards[following][: length - filled]
+                row[filled : filled + len(part)] = part
+                filled, following = filled + len(part), following + 1
+        return window

@@ -1,0 +1,201 @@
+"""Tokenizers: trained on the texts at hand or brought along, kept as an ordinary Hugging Face tokenizer folder."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from bigbatch.recipes.core.config import TokenizerSection
+from bigbatch.recipes.core.data.manifest import write_atomically
+from bigbatch.recipes.core.data.sources import locate
+from bigbatch.recipes.core.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<|unknown|>"
+# What a brought tokenizer without a configuration may call the end of a text, the most telling name first.
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+DEFAULT_VOCABULARY_SIZE = 32_768
+BYTE_TOKENS = 256
+PIECE_CHARACTERS = 2**15
+GROUP_CHARACTERS = 2**19
+TOKENIZER_FILE, SETTINGS_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+
+
+class TextTokenizer(NamedTuple):
+    """A tokenizer and what models and data need to know of it."""
+
+    tokenizer: tokenizers.Tokenizer
+    end_of_text: int
+    """The token that ends every document."""
+    vocabulary_size: int
+    """The largest token plus one."""
+    fingerprint: str
+
+
+def make_tokenizer(section: TokenizerSection, texts: Iterable[str], folder: Path) -> TextTokenizer:
+    """Train a tokenizer on the texts, or copy a given one, into a folder that transformers' AutoTokenizer opens.
+
+    A `character` tokenizer, too, sees no more than `train_characters`; where there are more, it has a token for unknown
+    characters, else none.
+    """
+    if section.kind != "bpe" and section.vocabulary_size is not None:
+        raise UserError("data.tokenizer.vocabulary_size", f"has no effect on kind {section.kind!r}; remove it")
+    if section.kind != "pretrained" and section.path is not None:
+        raise UserError("data.tokenizer.path", f"has no effect on kind {section.kind!r}; remove it")
+    settings = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    if section.kind == "pretrained":
+        tokenizer, settings = _open_given(section)
+    elif section.kind == "bpe":
+        tokenizer = _train_bpe(section, texts)
+    else:
+        tokenizer = _list_characters(section, texts)
+        if tokenizer.token_to_id(UNKNOWN) is not None:
+            settings["unk_token"] = UNKNOWN
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_atomically(folder / SETTINGS_FILE, json.dumps(plain | settings, indent=2) + "\n")
+    write_atomically(folder / TOKENIZER_FILE, tokenizer.to_str(pretty=True) + "\n")
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """Open a folder that `make_tokenizer` has written."""
+    path = folder / TOKENIZER_FILE
+    tokenizer = _open_file(path, str(path))
+    vocabulary = tokenizer.get_vocab()
+    end_of_text = vocabulary[_read_settings(folder)["eos_token"]]
+    return TextTokenizer(tokenizer, end_of_text, max(vocabulary.values()) + 1, fingerprint(path))
+
+
+def encode_documents(tokenizer: TextTokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Return each document's tokens [length] uint32 with the end-of-text token behind, on all cores.
+
+    A text that spells a special token gets ordinary tokens. A long text is encoded in pieces, cut where words end,
+    which gives the same tokens for any tokenizer that does not put a space before a text.
+    """
+    tokenizer.tokenizer.encode_special_tokens = True
+    cut = [list(pieces(text)) for text in texts]
+    encoded = _encode(tokenizer.tokenizer, [piece for parts in cut for piece in parts])
+    end = np.array([tokenizer.end_of_text], np.uint32)
+    return [np.concatenate([*itertools.islice(encoded, len(parts)), end]) for parts in cut]
+
+
+def fingerprint(tokenizer_file: Path) -> str:
+    """Return a hash of what a tokenizer.json says, however it is laid out."""
+    content = json.loads(tokenizer_file.read_text("utf-8"))
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def given_tokenizer_file(section: TokenizerSection) -> Path:
+    """Return the tokenizer.json of kind `pretrained`."""
+    if section.path is None:
+        raise UserError("data.tokenizer.path", "is missing; kind 'pretrained' needs a tokenizer.json or its folder")
+    path = locate(section.path)
+    path = path / TOKENIZER_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError("data.tokenizer.path", f"there is no file {path}")
+    return path
+
+
+# One line feed between two other characters: there no tokenizer in use merges across, nor looks ahead or back.
+_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+_WORD_END = re.compile(r"(?<=\S)(?=\s)")
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a text into pieces of about PIECE_CHARACTERS, to be encoded in parallel and little memory."""
+    start = 0
+    while len(text) - start > 2 * PIECE_CHARACTERS:
+        window = (start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
+        found = _LINE_END.search(text, *window) or _WORD_END.search(text, *window)
+        end = found.end() if found else window[1]
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, parts: list[str]) -> Iterator[np.ndarray]:
+    """Yield each part's tokens; the library needs some 200 bytes a token, so it gets no more than a group at once."""
+    ends = np.cumsum([len(part) for part in parts]) // GROUP_CHARACTERS
+    for _, group in itertools.groupby(zip(ends, parts, strict=True), key=lambda pair: pair[0]):
+        for encoding in tokenizer.encode_batch_fast([part for _, part in group], add_special_tokens=False):
+            yield np.array(encoding.ids, np.uint32)
+
+
+def _train_bpe(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE with GPT-2's word pattern (Radford et al., 2019)."""
+    size = section.vocabulary_size or DEFAULT_VOCABULARY_SIZE
+    if size <= BYTE_TOKENS:
+        raise UserError("data.tokenizer.vocabulary_size", f"is {size}; all bytes and end-of-text alone take 257")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    limited = _limited(texts, section.train_characters)
+    tokenizer.train_from_iterator((piece for text in limited for piece in pieces(text)), trainer)
+    return tokenizer
+
+
+def _list_characters(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.Tokenizer:
+    characters: set[str] = set()
+    room = section.train_characters
+    for text in texts:
+        characters.update(text[:room])
+        room -= len(text)
+        if room < 0:
+            break
+    special = [END_OF_TEXT, UNKNOWN] if room < 0 else [END_OF_TEXT]
+    vocabulary = {token: number for number, token in enumerate(special + sorted(characters))}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _limited(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield the first so many characters, and take no text beyond."""
+    for text in texts:
+        yield text[:characters]
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def _open_given(section: TokenizerSection) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    path = given_tokenizer_file(section)
+    tokenizer = _open_file(path, "data.tokenizer.path")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    settings = _read_settings(path.parent) if path.name == TOKENIZER_FILE else {}
+    if (template := path.with_name(TEMPLATE_FILE)).is_file():
+        settings["chat_template"] = template.read_text("utf-8")
+    named = settings.get("eos_token")
+    names = [named["content"] if isinstance(named, dict) else named] if named else END_OF_TEXT_NAMES
+    known = [name for name in names if tokenizer.token_to_id(name) is not None]
+    if not known:
+        raise UserError("data.tokenizer.path", f"{path} has no token that ends a text; looked for {', '.join(names)}")
+    return tokenizer, settings | {"eos_token": known[0]}
+
+
+def _open_file(path: Path, where: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise UserError(where, f"{path} is not a tokenizer.json: {error}") from None
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS_FILE
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

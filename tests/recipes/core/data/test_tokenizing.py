@@ -1,0 +1,158 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from bigbatch.recipes.core.config import TokenizerSection
+from bigbatch.recipes.core.data.tokenizing import (
+    END_OF_TEXT,
+    PIECE_CHARACTERS,
+    UNKNOWN,
+    encode_documents,
+    fingerprint,
+    load_tokenizer,
+    make_tokenizer,
+    pieces,
+)
+from bigbatch.recipes.core.errors import UserError
+
+AWKWARD = [" two  spaces ", "\n\n lines\n", "it's 12,345 . ! ?", "tab\t", "naïve – Ω 漢字 🙂"]
+
+
+@pytest.fixture(scope="module")
+def english(real_data):
+    return (real_data / "tinyshakespeare" / "input.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "character"])
+def test_transformers_opens_the_folder_and_round_trips_any_known_text(tmp_path, english, kind):
+    section = TokenizerSection(kind=kind, vocabulary_size=600 if kind == "bpe" else None, train_characters=200_000)
+    ours = make_tokenizer(section, [*AWKWARD, english[:150_000]], tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*AWKWARD, english[:5000]]:
+        tokens = theirs.encode(text)
+        assert theirs.decode(tokens) == text
+        assert encode_documents(ours, [text])[0].tolist() == [*tokens, ours.end_of_text]
+    assert theirs.eos_token_id == ours.end_of_text
+    assert len(theirs) == ours.vocabulary_size
+
+
+def test_a_character_tokenizer_has_one_token_a_character_and_no_more_than_it_needs(tmp_path, english):
+    ours = make_tokenizer(TokenizerSection(kind="character"), [english], tmp_path)
+    assert ours.vocabulary_size == len(set(english)) + 1 == 66  # 65 characters, as published for this text
+    assert ours.tokenizer.token_to_id(UNKNOWN) is None
+    order = {character: number for number, character in enumerate(sorted(set(english)), 1)}
+    expected = [order[character] for character in english[:3000]]
+    assert encode_documents(ours, [english[:3000]])[0][:-1].tolist() == expected
+
+
+@pytest.mark.parametrize(("texts", "unknown"), [(["abc", "de"], False), (["abc", "def"], True), (["abcdef"], True)])
+def test_a_character_tokenizer_knows_the_unknown_only_where_it_has_not_seen_all(tmp_path, texts, unknown):
+    ours = make_tokenizer(TokenizerSection(kind="character", train_characters=5), texts, tmp_path)
+    assert (ours.tokenizer.token_to_id(UNKNOWN) is not None) == unknown
+    if unknown:
+        assert encode_documents(ours, ["af"])[0].tolist() == [2, 1, 0]
+        assert AutoTokenizer.from_pretrained(tmp_path).unk_token == UNKNOWN
+
+
+@settings(deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
+def test_any_text_round_trips_character_by_character(tmp_path_factory, texts):
+    ours = make_tokenizer(TokenizerSection(kind="character"), texts, tmp_path_factory.mktemp("t"))
+    for text, tokens in zip(texts, encode_documents(ours, texts), strict=True):
+        assert len(tokens) == len(text) + 1
+        assert ours.tokenizer.decode(tokens[:-1].tolist(), skip_special_tokens=False) == text
+
+
+def test_a_trained_bpe_is_the_same_every_time_and_sees_no_more_than_it_may(tmp_path, english):
+    section = TokenizerSection(vocabulary_size=500, train_characters=100_000)
+    made = []
+    for name, text in (("a", english), ("b", english), ("c", english[:100_000])):
+        (tmp_path / name).mkdir()
+        made.append(make_tokenizer(section, [text[:40_000], text[40_000:]], tmp_path / name).fingerprint)
+    assert len(set(made)) == 1
+
+
+def test_a_given_tokenizer_keeps_its_tokens_and_its_settings(tmp_path, real_data):
+    source = real_data / "tokenizer_vocabs" / "t5-small-tokenizer.json"
+    section = TokenizerSection(kind="pretrained", path=str(source))
+    ours = make_tokenizer(section, [], tmp_path)
+    assert ours.tokenizer.id_to_token(ours.end_of_text) == "</s>"
+    reference = tokenizers.Tokenizer.from_file(str(source))
+    expected = reference.encode("A studio flat.", add_special_tokens=False).ids
+    assert encode_documents(ours, ["A studio flat."])[0].tolist() == [*expected, ours.end_of_text]
+    given_folder, out = tmp_path / "given", tmp_path / "out"
+    given_folder.mkdir()
+    out.mkdir()
+    shutil.copy(source, given_folder / "tokenizer.json")
+    settings = {"eos_token": {"content": "<pad>"}, "model_max_length": 77}
+    (given_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (given_folder / "chat_template.jinja").write_text("{{ messages }}")
+    ours = make_tokenizer(TokenizerSection(kind="pretrained", path=str(given_folder)), [], out)
+    assert ours.tokenizer.id_to_token(ours.end_of_text) == "<pad>"
+    theirs = AutoTokenizer.from_pretrained(out)
+    assert theirs.model_max_length == 77
+    assert theirs.chat_template == "{{ messages }}"
+
+
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, real_data, english):
+    path = real_data / "tokenizer_vocabs" / "gpt2-tokenizer.json"
+    ours = make_tokenizer(TokenizerSection(kind="pretrained", path=str(path)), [], tmp_path)
+    wiki = (real_data / "wiki_c4_demo" / "wiki_demo.txt").read_text("utf-8")
+    reference = tokenizers.Tokenizer.from_file(str(path))
+    for text in (english[:300_000], wiki[:300_000]):
+        assert len(list(pieces(text))) > 3
+        expected = reference.encode(text, add_special_tokens=False).ids
+        assert encode_documents(ours, [text])[0][:-1].tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.text("ab \n", max_size=300), st.integers(1, 40))
+def test_pieces_put_together_are_the_text_and_none_is_long(text, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bigbatch.recipes.core.data.tokenizing.PIECE_CHARACTERS", size)
+        parts = list(pieces(text))
+    assert "".join(parts) == text
+    assert all(len(part) <= 2 * size for part in parts)
+    assert PIECE_CHARACTERS == 2**15
+
+
+def test_a_text_that_spells_the_end_of_text_does_not_end(tmp_path):
+    ours = make_tokenizer(TokenizerSection(vocabulary_size=300), ["some text"], tmp_path)
+    tokens = encode_documents(ours, [f"a{END_OF_TEXT}b"])[0]
+    assert np.flatnonzero(tokens == ours.end_of_text).tolist() == [len(tokens) - 1]
+
+
+def test_the_fingerprint_is_that_of_the_content_not_of_its_layout(tmp_path):
+    ours = make_tokenizer(TokenizerSection(kind="character"), ["abc"], tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
+    path.write_text(path.read_text().replace('"c": 3', '"d": 3'))
+    assert fingerprint(path) != ours.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "bpe", "vocabulary_size": 256}, "data.tokenizer.vocabulary_size: is 256; "),
+        ({"kind": "character", "vocabulary_size": 99}, "data.tokenizer.vocabulary_size: has no effect"),
+        ({"kind": "bpe", "path": "x.json"}, "data.tokenizer.path: has no effect"),
+        ({"kind": "pretrained"}, "data.tokenizer.path: is missing"),
+        ({"kind": "pretrained", "path": "nowhere"}, "data.tokenizer.path: there is no file nowhere"),
+        ({"kind": "pretrained", "path": "broken.json"}, "data.tokenizer.path: broken.json is not a tokenizer.json: "),
+        ({"kind": "pretrained", "path": "endless.json"}, "data.tokenizer.path: endless.json has no token that ends"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("{}")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save("endless.json")
+    with pytest.raises(UserError) as caught:
+        make_tokenizer(TokenizerSection(**changes), ["text"], tmp_path)
+    assert str(caught.value).startswith(message)
