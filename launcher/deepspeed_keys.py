@@ -38,6 +38,7 @@ _OWN_OPTIMIZERS = "it needs DeepSpeed's CPUAdam, and the optimizers here are tor
 
 # Understood by DeepSpeed, but what they steer is not DeepSpeed's in a run of ours.
 _NO_EFFECT = {
+    "activation_checkpointing": "model.recompute_activations says it; the recomputation is torch's own",
     "autotuning": "bigbatch starts the processes itself",
     "checkpoint": "checkpoints are bigbatch's own; see checkpoint.* of the run document",
     "compile": "the engine is not compiled by DeepSpeed",
@@ -246,12 +247,6 @@ def _offload_without_effect(native: dict[str, Any], config: RunConfig) -> Iterat
         yield Problem("aio", 'has no effect unless offload_param or offload_optimizer has device "nvme"')
 
 
-def _recomputation_without_effect(native: dict[str, Any], config: RunConfig) -> Iterator[Problem]:
-    model = getattr(config, "model", None)
-    if "activation_checkpointing" in native and not getattr(model, "recompute_activations", False):
-        yield Problem("activation_checkpointing", "has no effect unless model.recompute_activations is true")
-
-
 def _scaling_that_scatter_forbids(native: dict[str, Any], config: RunConfig) -> Iterator[Problem]:
     if not zero_stage(config, native) or not native.get("zero_optimization", {}).get("reduce_scatter", True):
         return
@@ -264,6 +259,5 @@ _RUN_RULES = (
     _stage_stated_twice,
     _stages_without_effect,
     _offload_without_effect,
-    _recomputation_without_effect,
     _scaling_that_scatter_forbids,
 )

@@ -1,9 +1,9 @@
 """Transactional checkpoints of logical tensors, readable under any plan and without unpickling.
 
-A checkpoint is a folder `checkpoints/step_00001000` with one safetensors file a rank and one `manifest.json`. The manifest
-names every logical tensor (name, shape) and where its pieces lie: file, kind (`master`, or a state of the optimizer),
-first element and length in the flattened tensor. It is written last, by rename, after all shards are on disk: a folder
-without a manifest that verifies does not exist.
+A checkpoint is a folder `checkpoints/step_00001000` with one safetensors file a rank and one `manifest.json`. The
+manifest names every logical tensor (name, shape) and where its pieces lie: file, kind (`master`, or a state of the
+optimizer), first element and length in the flattened tensor. It is written last, by rename, after all shards are on
+disk: a folder without a manifest that verifies does not exist.
 """
 
 import json

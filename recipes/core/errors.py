@@ -1,6 +1,7 @@
 """A mistake of the user's, told in one line; the command line prints it and exits with 2."""
 
 EXIT_DONE = 0
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75  # everything is saved; start again to go on
 

@@ -22,6 +22,8 @@ from bigbatch.recipes.core.recipe import DataSplits, Samples
 from bigbatch.recipes.core.report import Reporter, StepRecord, measured_peak_flops
 from bigbatch.recipes.core.runtime import StopFlag
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -49,47 +51,66 @@ class NonFiniteError(Exception):
     """The loss or the gradient was not a finite number."""
 
 
-def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, object]) -> int:
+class Session(NamedTuple):
+    """The live parts of one process's training."""
+
+    run: Run
+    mesh: Mesh
+    data: DataSplits
+    engine: Engine
+    reporter: Reporter
+
+
+def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, Any]) -> int:
     """Train to the last step, or until a signal asks to save; return the exit status. Collective."""
     started = time.monotonic()
-    config, recipe = run.config, run.recipe
     phase["phase"] = "data"
-    data = recipe.open_data(config)
+    data = run.recipe.open_data(run.config)
     phase["phase"] = "model"
-    torch.manual_seed(config.seed)
-    engine = Engine(recipe.build_model(config, data.facts), config, run.deepspeed, mesh)
+    torch.manual_seed(run.config.seed)
+    engine = Engine(run.recipe.build_model(run.config, data.facts), run.config, run.deepspeed, mesh)
     phase["phase"] = "restore"
-    state = restored = _restore(run, engine, mesh, data)
-    last_step = min(config.schedule.total_steps, config.schedule.stop_step or config.schedule.total_steps)
-    reporter = _reporter(run, mesh, data, state.step, last_step, time.monotonic() - started)
-    asked_to_stop = False
+    state = _restore(run, engine, mesh, data)
+    reporter = _reporter(run, mesh, data, state.step, time.monotonic() - started)
+    try:
+        stopped = _loop(Session(run, mesh, data, engine, reporter), state, stop, phase)
+    except BaseException as error:
+        reporter.event(phase["step"] or state.step, "failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        reporter.close()
+    return EXIT_REQUEUE if stopped else EXIT_DONE
+
+
+def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[str, Any]) -> bool:
+    """Evaluate, save, step; return whether a signal ended it before the last step."""
+    run, mesh, data, engine, reporter = session
+    config, last_step = run.config, _last_step(run.config)
+    state, asked_to_stop = restored, False
     while True:
         ended = state.step >= last_step or asked_to_stop
-        if state.step > restored.step and data.validation and _due(state.step, config.evaluate.every_steps, last_step):
+        advanced = state.step > restored.step
+        if advanced and data.validation and _due(state.step, config.evaluate.every_steps, last_step):
             phase.update(phase="evaluate", step=state.step)
-            _evaluate_and_sample(run, engine, mesh, data, reporter, state.step)
-        if state.step > restored.step and (ended or _due(state.step, config.checkpoint.every_steps, last_step)):
+            _evaluate_and_sample(session, data.validation, state.step)
+        if advanced and (ended or _due(state.step, config.checkpoint.every_steps, last_step)):
             phase.update(phase="save", step=state.step)
-            _save(run, engine, mesh, data, reporter, state)
+            _save(session, state)
         if ended:
             break
         phase.update(phase="step", step=state.step)
         begin = time.monotonic()
         batches, order_hash = _next_batches(config, data.train, state, mesh)
-        own_targets = sum(recipe.count_targets(batch) for batch in batches)
+        own_targets = sum(run.recipe.count_targets(batch) for batch in batches)
         num_targets, stops = mesh.sum(own_targets, float(bool(stop.signal_name)))
-        result = engine.train_step(state.step, batches, recipe.loss, int(num_targets))
+        result = engine.train_step(state.step, batches, run.recipe.loss, int(num_targets))
         state = _advance(config, state, result, order_hash)
         reporter.step(_record(config, state, result, time.monotonic() - begin))
         asked_to_stop = stops > 0
-    if asked_to_stop and state.step < last_step:
-        reporter.event(
-            state.step, "stopped", f"by {stop.signal_name or 'a signal to another rank'}; everything is saved"
-        )
-        reporter.close()
-        return EXIT_REQUEUE
-    reporter.close()
-    return EXIT_DONE
+    if state.step < last_step:
+        by = stop.signal_name or "a signal to another rank"
+        reporter.event(state.step, "stopped", f"by {by}; everything is saved")
+    return state.step < last_step
 
 
 def evaluate(
@@ -151,18 +172,21 @@ def _restore(run: Run, engine: Engine, mesh: Mesh, data: DataSplits) -> TrainSta
     return state
 
 
-def _reporter(run: Run, mesh: Mesh, data: DataSplits, step: int, last_step: int, seconds: float) -> Reporter:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.config.precision.dtype]
+def _last_step(config: RunConfig) -> int:
+    return min(config.schedule.total_steps, config.schedule.stop_step or config.schedule.total_steps)
+
+
+def _reporter(run: Run, mesh: Mesh, data: DataSplits, step: int, seconds: float) -> Reporter:
     return Reporter(
         run.run_dir,
         run.config,
         is_writer=mesh.is_writer,
-        total_steps=last_step,
+        total_steps=_last_step(run.config),
         start_step=step,
         num_ranks=mesh.world_size,
         tokens_per_sample=data.facts.get("tokens_per_sample"),
         flops_per_sample=run.recipe.flops_per_sample(run.config, data.facts),
-        peak_flops=measured_peak_flops(dtype),
+        peak_flops=measured_peak_flops(DTYPES[run.config.precision.dtype]),
         start_up_seconds=seconds,
     )
 
@@ -171,18 +195,19 @@ def _due(step: int, every_steps: int, last_step: int) -> bool:
     return step % every_steps == 0 or step == last_step
 
 
-def _evaluate_and_sample(run: Run, engine: Engine, mesh: Mesh, data: DataSplits, reporter: Reporter, step: int) -> None:
+def _evaluate_and_sample(session: Session, samples: Samples, step: int) -> None:
+    run, mesh, data, engine, reporter = session
     begin = time.monotonic()
-    assert data.validation
-    figures = evaluate(run, engine.deepspeed, data.validation, mesh, run.config.evaluate.max_samples)
+    figures = evaluate(run, engine.deepspeed, samples, mesh, run.config.evaluate.max_samples)
     reporter.evaluation(step, figures, time.monotonic() - begin)
     begin = time.monotonic()
-    samples = run.recipe.samples_of_text(run.config, engine.module, data.facts)
-    if samples:
-        reporter.text(step, samples, time.monotonic() - begin)
+    texts = run.recipe.samples_of_text(run.config, engine.module, data.facts)
+    if texts:
+        reporter.text(step, texts, time.monotonic() - begin)
 
 
-def _save(run: Run, engine: Engine, mesh: Mesh, data: DataSplits, reporter: Reporter, state: TrainState) -> None:
+def _save(session: Session, state: TrainState) -> None:
+    run, mesh, data, engine, reporter = session
     begin = time.monotonic()
     content = {
         **state._asdict(),
@@ -203,7 +228,7 @@ def _next_batches(
     order = sample_order(config.seed, samples.num_samples, state.consumed_samples, plan.global_size)
     batches = []
     for micro in range(plan.accumulation_steps):
-        own = rank_slice(plan.micro_size, plan.data_ranks, mesh.data_rank, micro)
+        own = rank_slice(0, micro, plan.micro_size, mesh.data_rank, plan.data_ranks)
         batches.append(samples.batch(order.ids[own], order.epochs[own]))
     return batches, chain_hash(bytes.fromhex(state.order_hash), order.ids, order.epochs).hex()
 

@@ -149,7 +149,8 @@ def test_a_document_of_a_later_version_is_refused(run):
         ),
         (
             {"activation_checkpointing": {"cpu_checkpointing": True}},
-            "activation_checkpointing: has no effect unless model.recompute_activations is true",
+            "activation_checkpointing: has no effect in a run of bigbatch: model.recompute_activations says it; "
+            "the recomputation is torch's own; leave it out",
         ),
         (
             {**zero(2), "gradient_predivide_factor": 8.0},

@@ -1,0 +1,84 @@
+"""Train a GPT-2 or Llama decoder to predict the next token."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bigbatch.recipes.core.data.prepare import prepare_tokens, prepared_folder
+from bigbatch.recipes.core.data.shards import IGNORED_LABEL, TokenSamples
+from bigbatch.recipes.core.models.decoder import Decoder, padded_vocabulary
+from bigbatch.recipes.core.recipe import Batch, DataSplits, Loss
+from bigbatch.recipes.gpt.config import GptConfig
+
+
+def prepare(config: GptConfig) -> Path:
+    """Tokenize the texts into shards."""
+    return prepare_tokens(config.data)
+
+
+def open_data(config: GptConfig) -> DataSplits:
+    """Map the token shards into memory; there is no validation split where the document names none."""
+    data = config.data
+    folder = prepared_folder(data)
+    train = TokenSamples(folder, "train", data.sequence_length, data.packing)
+    validation = None
+    if data.validation or data.validation_fraction:
+        validation = TokenSamples(folder, "validation", data.sequence_length, data.packing)
+    facts = {
+        "vocabulary_size": train.vocabulary_size,
+        "tokenizer": str(train.tokenizer_folder),
+        "end_of_text": train.end_of_text,
+        "tokens_per_sample": data.sequence_length,
+        "train_samples": train.num_samples,
+    }
+    return DataSplits(train, validation, facts)
+
+
+def build_model(config: GptConfig, facts: dict[str, Any]) -> nn.Module:
+    """Build the decoder: first weights, or those of a Hugging Face folder."""
+    model = Decoder(config.model, padded_vocabulary(facts["vocabulary_size"], config.model))
+    if config.model.initialize_from:
+        from bigbatch.recipes.core.models.decoder import load_hugging_face
+        load_hugging_face(model, Path(config.model.initialize_from))
+    return model
+
+
+def count_targets(batch: dict[str, np.ndarray]) -> int:
+    """Count the labels that are not ignored."""
+    return int((batch["labels"] != IGNORED_LABEL).sum())
+
+
+def loss(model: nn.Module, batch: Batch) -> Loss:
+    """Sum the cross-entropy of the next tokens."""
+    total = model(batch["tokens"], batch["labels"], batch.get("positions"), batch.get("documents"))
+    return Loss(total, int((batch["labels"] != IGNORED_LABEL).sum()))
+
+
+def metrics(loss: float) -> dict[str, float]:
+    """Return perplexity and bits a token."""
+    return {"perplexity": math.exp(min(loss, 700.0)), "bits_per_token": loss / math.log(2)}
+
+
+def flops_per_sample(config: GptConfig, facts: dict[str, Any]) -> float:
+    """Count 6 P + 12 L D T operations a token (PaLM, arXiv 2204.02311, appendix B; P without the input embedding).
+
+    Attention is counted in full, as the field does, though a causal kernel needs half of it.
+    """
+    section, length = config.model, config.data.sequence_length
+    with torch.device("meta"):
+        model = Decoder(section, padded_vocabulary(facts["vocabulary_size"], section))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if not section.tie_embeddings:
+        parameters -= model.embed.tokens.weight.numel()
+    if model.embed.positions is not None:
+        parameters -= model.embed.positions.weight.numel()
+    return length * (6.0 * parameters + 12.0 * section.num_layers * section.hidden_size * length)
+
+
+def samples_of_text(config: GptConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:
+    """Go on with each prompt of the document. Collective: every rank must call it."""
+    return []
