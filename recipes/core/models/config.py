@@ -1,8 +1,8 @@
 """Sections that describe the native models. No torch import."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bigbatch.recipes.core.config import PositiveFloat, PositiveInt, Section
 
@@ -23,6 +23,7 @@ class DecoderSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     tie_embeddings: bool = True
     rope_theta: PositiveFloat = 10000.0
+    """llama: the base of the rotary frequencies."""
     norm_epsilon: PositiveFloat = 1e-5
     initializer_range: PositiveFloat = 0.02
     vocabulary_multiple: PositiveInt = 64
@@ -31,3 +32,34 @@ class DecoderSection(Section):
     """A Hugging Face folder of the same family to start from; its shape must equal this section's."""
     recompute_activations: bool = False
     """Keep one activation a layer and compute the others again in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % self.key_value_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_key_value_heads {self.key_value_heads}"
+            )
+        if self.family == "gpt2" and self.key_value_heads != self.num_heads:
+            raise ValueError("num_key_value_heads is for the llama family: gpt2 has as many as num_heads")
+        if self.family == "llama" and self.head_size % 2:
+            raise ValueError(f"rotary positions need heads of an even size, not {self.hidden_size} / {self.num_heads}")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Numbers a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values, the default filled in."""
+        return self.num_key_value_heads or self.num_heads
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward layer, the default filled in."""
+        if self.feed_forward_size:
+            return self.feed_forward_size
+        return 4 * self.hidden_size if self.family == "gpt2" else -(-8 * self.hidden_size // (3 * 64)) * 64

@@ -1,0 +1,107 @@
+"""Cross-entropy over a large vocabulary: the logits exist a chunk of rows at a time, loss and gradients in one go.
+
+Shapes: N rows (tokens), D hidden size, V vocabulary, C rows of a chunk, R rows of a block.
+"""
+
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 2**28
+"""A chunk's logits take at most this much: fewer chunks are faster, more take less memory."""
+BLOCK_ELEMENTS = 2**18
+"""On a CPU the softmax walks over a chunk in blocks of this many float32 numbers, which stay in a core's cache."""
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    labels: torch.Tensor,  # [N]
+    ignore: int = -100,
+    chunk_rows: int | None = None,
+    num_classes: int | None = None,
+) -> torch.Tensor:
+    """Sum the cross-entropy of `hidden @ weight.T` against `labels` over the rows whose label is not `ignore`.
+
+    Rows of `weight` from `num_classes` on are padding: they have no probability and get no gradient.
+    The result is a float32 scalar (float64 for float64 input), and so are the statistics of the softmax. The gradients
+    are made in the forward pass, those of the plain sum, and multiplied by the incoming one in the backward pass: they
+    are of the order of 1 when they are first rounded, whatever the loss scale and the number of targets, so that
+    float16 does not underflow; the weight's are added up in float32.
+    """
+    if chunk_rows is None:
+        num_chunks = max(1, math.ceil(len(hidden) * weight.shape[0] * weight.element_size() / CHUNK_BYTES))
+        chunk_rows = max(1, math.ceil(len(hidden) / num_chunks))
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, ignore, chunk_rows, num_classes)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, ignore, chunk_rows, num_classes):
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        loss = hidden.new_zeros((), dtype=_statistics_dtype(hidden))
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = None
+        buffer = hidden.new_empty(min(chunk_rows, len(hidden)), weight.shape[0])
+        for start in range(0, len(hidden), chunk_rows):
+            chunk = hidden[start : start + chunk_rows]  # [C, D]
+            logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])  # [C, V]
+            if num_classes is not None:
+                logits[:, num_classes:] = -math.inf
+            loss += _loss_and_gradient(logits, labels[start : start + chunk_rows], ignore)
+            if wants_hidden:
+                torch.mm(logits, weight, out=grad_hidden[start : start + chunk_rows])
+            if wants_weight:
+                product = _weight_gradient(logits, chunk)
+                grad_weight = product.to(loss.dtype) if grad_weight is None else grad_weight.add_(product)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        scaled = (
+            # In float32, then rounded once: as a bfloat16 or float16 number grad_output would lose digits or overflow.
+            kept
+            if kept is None
+            else torch.mul(kept.to(grad_output.dtype), grad_output, out=kept.new_empty(kept.shape, dtype=ctx.dtype))
+            for kept in ctx.saved_tensors
+        )
+        return *scaled, None, None, None, None
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply in the factor's float32 and round once: in 16 bits the factor itself would lose digits, or overflow."""
+    return torch.mul(gradient.to(factor.dtype), factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
+def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignore: int) -> torch.Tensor:
+    """Return the summed loss of a chunk, and overwrite its logits [C, V] with their gradient."""
+    block_rows = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
+    buffer = logits.new_empty(min(block_rows, len(logits)), logits.shape[1], dtype=_statistics_dtype(logits))
+    loss = buffer.new_zeros(())
+    for block, block_labels in zip(logits.split(block_rows), labels.split(block_rows), strict=True):
+        counted = (block_labels != ignore).unsqueeze(1)  # [R, 1]
+        targets = block_labels.unsqueeze(1).masked_fill(~counted, 0)  # [R, 1]
+        values = buffer[: len(block)].copy_(block)  # [R, V]
+        values -= values.amax(1, keepdim=True)
+        target_values = values.gather(1, targets)
+        total = values.exp_().sum(1, keepdim=True)
+        loss += ((total.log() - target_values) * counted).sum()
+        values *= counted / total
+        values.scatter_add_(1, targets, -counted.to(values.dtype))
+        block.copy_(values)
+    return loss
+
+
+def _weight_gradient(grad_logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return grad_logits.T @ hidden [V, D]; float16 cannot hold the sum over many rows."""
+    if hidden.dtype == torch.float16:
+        return grad_logits.T.float() @ hidden.float()
+    return grad_logits.T @ hidden
+
+
+def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,490 @@
+"""The decoder-only transformer, GPT-2 and Llama family, written once as a list of layers.
+
+Every parameter is used only inside the forward pass of the module that owns it, which is where ZeRO-3 gathers it; a
+tied embedding belongs to two modules.
+
+Shapes: B rows, T tokens, D hidden size, H heads, K heads of keys and values, E size of a head, V vocabulary, S keys.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.layers import Embedding, Linear, RMSNorm, attend, attention_mask, gelu, rotary_table, rotate
+from bigbatch.recipes.core.loss import chunked_cross_entropy
+from bigbatch.recipes.core.models.config import DecoderSection
+from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json
+
+
+def padded_vocabulary(vocabulary_size: int, section: DecoderSection) -> int:
+    """Return the embedding's number of rows for a tokenizer's vocabulary."""
+    return -(-vocabulary_size // section.vocabulary_multiple) * section.vocabulary_multiple
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward pass share."""
+
+    rotary: torch.Tensor | None  # [2, B or 1, T, 1, E / 2]
+    mask: torch.Tensor | None  # [B or 1, T, S], None: plain causal, or one token that may see all
+    cache: "KeyValueCache | None"
+
+
+class Decoder(nn.Module):
+    """A decoder with its language-model head over `vocabulary_size` tokens; the embedding's padding stays inside.
+
+    Weights are drawn as GPT-2's: normal, those that write into the residual stream smaller by sqrt(2 * num_layers).
+    `named_parameters` names a tied embedding once, `embed.tokens.weight`.
+    """
+
+    def __init__(self, section: DecoderSection, vocabulary_size: int) -> None:
+        super().__init__()
+        self.section = section
+        self.vocabulary_size = vocabulary_size
+        self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section))
+        self.blocks = nn.ModuleList(Block(section, index) for index in range(section.num_layers))
+        self.head = LanguageModelHead(section, vocabulary_size, self.embed.tokens if section.tie_embeddings else None)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,  # [B, T]
+        labels: torch.Tensor | None = None,  # [B, T], the token that follows; -100 counts not
+        positions: torch.Tensor | None = None,  # [B, T]
+        documents: torch.Tensor | None = None,  # [B, T]
+        cache: "KeyValueCache | None" = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Return the logits [B, T, V], or with labels the loss summed over them (float32 scalar).
+
+        Labels are already shifted: labels[b, t] is the target at t. With `documents` a token sees only the tokens of
+        its own number, which stand side by side, and positions start anew with each number; `positions` overrides.
+        `last_only` keeps the last token's logits [B, 1, V].
+        """
+        self._check_length(tokens.shape[1] + (cache.length if cache else 0))
+        if positions is None:
+            positions = _positions(tokens, documents, cache)
+        hidden = self.embed(tokens, positions)
+        context = self._context(hidden, positions, documents, cache)
+        for block in self.blocks:
+            if self.section.recompute_activations and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, context, use_reentrant=False)
+            else:
+                hidden = block(hidden, context)
+        if cache:
+            cache.length += tokens.shape[1]
+        return self.head(hidden[:, -1:] if last_only else hidden, labels)
+
+    def layers(self) -> list[nn.Module]:
+        """List the modules in order of use, as a pipeline divides them."""
+        return [self.embed, *self.blocks, self.head]
+
+    def _check_length(self, length: int) -> None:
+        if length > self.section.max_positions:
+            raise UserError("model.max_positions", f"{self.section.max_positions}, but a sequence has {length} tokens")
+
+    def _context(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        documents: torch.Tensor | None,
+        cache: "KeyValueCache | None",
+    ) -> Context:
+        section = self.section
+        rotary = None
+        if section.family == "llama":
+            rotary = rotary_table(positions, section.head_size, section.rope_theta, hidden.dtype)
+        if cache is not None:
+            return Context(rotary, cache.mask(hidden), cache)
+        if documents is None:
+            return Context(rotary, None, None)
+        allowed = documents.unsqueeze(1) == documents.unsqueeze(2)  # [B, T, T]
+        return Context(rotary, attention_mask(allowed.tril(), hidden.dtype), None)
+
+
+class InputEmbedding(nn.Module):
+    """Token vectors, with GPT-2's learned positions added."""
+
+    def __init__(self, section: DecoderSection, num_rows: int) -> None:
+        super().__init__()
+        self.tokens = Embedding(num_rows, section.hidden_size, section.initializer_range)
+        if section.family == "gpt2":
+            self.positions = Embedding(section.max_positions, section.hidden_size, section.initializer_range)
+        else:
+            self.positions = None
+        self.dropout = nn.Dropout(section.dropout)
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the first hidden states [B, T, D] of tokens [B, T] at positions [B or 1, T]."""
+        hidden = self.tokens(tokens)
+        if self.positions is not None:
+            hidden = hidden + self.positions(positions)
+        return self.dropout(hidden)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normed before and added to the residual stream."""
+
+    def __init__(self, section: DecoderSection, index: int) -> None:
+        super().__init__()
+        self.attention_norm = _norm(section)
+        self.attention = Attention(section, index)
+        self.feed_forward_norm = _norm(section)
+        self.feed_forward = GeluFeedForward(section) if section.family == "gpt2" else GatedFeedForward(section)
+        self.dropout = nn.Dropout(section.dropout)
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        """Map hidden states [B, T, D] to the next ones."""
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), context))
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention; the rows of `qkv` are all query heads, then the keys', then the values'."""
+
+    def __init__(self, section: DecoderSection, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.num_heads = section.num_heads
+        self.num_key_value_heads = section.key_value_heads
+        self.head_size = section.head_size
+        self.dropout = section.dropout
+        bias = section.family == "gpt2"
+        rows = (section.num_heads + 2 * section.key_value_heads) * section.head_size
+        self.qkv = Linear(section.hidden_size, rows, bias, section.initializer_range)
+        self.out = Linear(section.hidden_size, section.hidden_size, bias, _residual_deviation(section))
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        """Mix the hidden states [B, T, D] of a row's tokens."""
+        num_key_values = self.num_key_value_heads
+        heads = self.qkv(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, H + 2 K, E]
+        if context.rotary is not None:
+            turned, value = heads.split((self.num_heads + num_key_values, num_key_values), dim=2)
+            query, key = rotate(turned, context.rotary).split((self.num_heads, num_key_values), dim=2)
+        else:
+            query, key, value = heads.split((self.num_heads, num_key_values, num_key_values), dim=2)
+        if context.cache is not None:
+            key, value = context.cache.append(self.index, key, value)
+        is_causal = context.mask is None and query.shape[1] == key.shape[1] > 1
+        dropout = self.dropout if self.training else 0.0
+        return self.out(attend(query, key, value, context.mask, is_causal, dropout))
+
+
+class GeluFeedForward(nn.Module):
+    """GPT-2's feed-forward layer."""
+
+    def __init__(self, section: DecoderSection) -> None:
+        super().__init__()
+        self.up = Linear(section.hidden_size, section.inner_size, True, section.initializer_range)
+        self.down = Linear(section.inner_size, section.hidden_size, True, _residual_deviation(section))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map hidden states [B, T, D] one by one."""
+        return self.down(gelu(self.up(hidden)))
+
+
+class GatedFeedForward(nn.Module):
+    """Llama's feed-forward layer, SwiGLU (https://arxiv.org/abs/2002.05202); `gate_up` has the gate's rows first."""
+
+    def __init__(self, section: DecoderSection) -> None:
+        super().__init__()
+        self.gate_up = Linear(section.hidden_size, 2 * section.inner_size, False, section.initializer_range)
+        self.down = Linear(section.inner_size, section.hidden_size, False, _residual_deviation(section))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map hidden states [B, T, D] one by one."""
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class LanguageModelHead(nn.Module):
+    """The last norm and the logits; it makes the loss too, for this is where ZeRO-3 gathers the (tied) weight."""
+
+    def __init__(self, section: DecoderSection, vocabulary_size: int, tied: Embedding | None) -> None:
+        super().__init__()
+        self.vocabulary_size = vocabulary_size
+        self.norm = _norm(section)
+        if tied is None:
+            num_rows = padded_vocabulary(vocabulary_size, section)
+            tied = Embedding(num_rows, section.hidden_size, section.initializer_range)
+        self.weight = tied.weight
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits [B, T, V] of hidden states [B, T, D], or the loss summed over labels [B, T]."""
+        hidden = self.norm(hidden)
+        if labels is None:
+            return F.linear(hidden, self.weight)[..., : self.vocabulary_size]
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), self.weight, labels.flatten(), num_classes=self.vocabulary_size
+        )
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, in memory taken once for `max_length` tokens.
+
+    Rows of different lengths are aligned at their ends: `padding` [B] says how many of a row's first tokens are none.
+    """
+
+    def __init__(self, model: Decoder, num_rows: int, max_length: int, padding: torch.Tensor | None = None) -> None:
+        section, weight = model.section, model.head.norm.weight
+        shape = (section.num_layers, 2, num_rows, section.key_value_heads, max_length, section.head_size)
+        self.states = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [layers, 2, B, K, S, E]
+        self.padding = padding if padding is not None and bool(padding.any()) else None
+        self.length = 0
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values [B, T, K, E] behind those of a layer and return all of them [B, S, K, E]."""
+        stop = self.length + key.shape[1]
+        self.states[layer, 0, :, :, self.length : stop] = key.transpose(1, 2)
+        self.states[layer, 1, :, :, self.length : stop] = value.transpose(1, 2)
+        keys, values = self.states[layer, :, :, :, :stop].transpose(2, 3)
+        return keys, values
+
+    def positions(self, num_tokens: int) -> torch.Tensor:
+        """Return the positions [B or 1, T] of the next tokens."""
+        index = torch.arange(self.length, self.length + num_tokens, device=self.states.device).unsqueeze(0)
+        return index if self.padding is None else (index - self.padding.unsqueeze(1)).clamp_(min=0)
+
+    def mask(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Return what the next tokens [B, T, D] may see, or None where the rule needs no mask."""
+        num_tokens = hidden.shape[1]
+        if self.padding is None and (self.length == 0 or num_tokens == 1):
+            return None
+        keys = torch.arange(self.length + num_tokens, device=hidden.device)  # [S]
+        allowed = keys <= keys[self.length :].unsqueeze(1)  # [T, S]
+        if self.padding is None:
+            return attention_mask(allowed.unsqueeze(0), hidden.dtype)
+        # Padding sees padding, so that no softmax is empty; its keys and values are seen by no token.
+        is_text = keys >= self.padding.unsqueeze(1)  # [B, S]
+        same = is_text[:, self.length :].unsqueeze(2) == is_text.unsqueeze(1)
+        return attention_mask(allowed & same, hidden.dtype)
+
+    def repeat(self, num_samples: int) -> None:
+        """Continue each row in several ways."""
+        self.states = self.states.repeat_interleave(num_samples, dim=2)
+        if self.padding is not None:
+            self.padding = self.padding.repeat_interleave(num_samples)
+
+
+def _positions(tokens: torch.Tensor, documents: torch.Tensor | None, cache: KeyValueCache | None) -> torch.Tensor:
+    """Count the tokens of each row, or of each document, from 0: [B or 1, T]."""
+    if cache is not None:
+        return cache.positions(tokens.shape[1])
+    index = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    if documents is None:
+        return index
+    is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return index - torch.where(is_first, index, 0).cummax(dim=1).values
+
+
+def _norm(section: DecoderSection) -> nn.Module:
+    if section.family == "gpt2":
+        return nn.LayerNorm(section.hidden_size, section.norm_epsilon)
+    return RMSNorm(section.hidden_size, section.norm_epsilon)
+
+
+def _residual_deviation(section: DecoderSection) -> float:
+    return section.initializer_range / (2 * section.num_layers) ** 0.5
+
+
+# ----------------------------------------------------------------------------------- to and from Hugging Face
+
+
+def hugging_face_config(section: DecoderSection, vocabulary_size: int) -> dict[str, Any]:
+    """Return the config.json under which transformers builds the same model."""
+    common = {
+        "vocab_size": vocabulary_size,
+        "tie_word_embeddings": section.tie_embeddings,
+        "initializer_range": section.initializer_range,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if section.family == "gpt2":
+        return common | {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "n_layer": section.num_layers,
+            "n_embd": section.hidden_size,
+            "n_head": section.num_heads,
+            "n_inner": section.inner_size,
+            "n_positions": section.max_positions,
+            "layer_norm_epsilon": section.norm_epsilon,
+            "embd_pdrop": section.dropout,
+            "attn_pdrop": section.dropout,
+            "resid_pdrop": section.dropout,
+        }
+    return common | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "num_hidden_layers": section.num_layers,
+        "hidden_size": section.hidden_size,
+        "num_attention_heads": section.num_heads,
+        "num_key_value_heads": section.key_value_heads,
+        "head_dim": section.head_size,
+        "intermediate_size": section.inner_size,
+        "max_position_embeddings": section.max_positions,
+        "rms_norm_eps": section.norm_epsilon,
+        "rope_theta": section.rope_theta,  # read by transformers 4, and by most other programs
+        "rope_parameters": {"rope_type": "default", "rope_theta": section.rope_theta},  # read by transformers 5
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def hugging_face_tensors(section: DecoderSection, vocabulary_size: int) -> dict[str, list[Piece]]:
+    """Return, for each name of `named_parameters`, the Hugging Face tensors that it is made of."""
+    table = {}
+    if section.family == "gpt2":
+        table["embed.tokens.weight"] = [Piece("transformer.wte.weight", 0, vocabulary_size)]
+        table["embed.positions.weight"] = [Piece("transformer.wpe.weight", 0, section.max_positions)]
+        table |= _norm_pieces(section, "head.norm", "transformer.ln_f")
+        layer_pieces = _gpt2_layer
+    else:
+        table["embed.tokens.weight"] = [Piece("model.embed_tokens.weight", 0, vocabulary_size)]
+        table |= _norm_pieces(section, "head.norm", "model.norm")
+        layer_pieces = _llama_layer
+    for index in range(section.num_layers):
+        table |= layer_pieces(section, index)
+    if not section.tie_embeddings:
+        table["head.weight"] = [Piece("lm_head.weight", 0, vocabulary_size)]
+    return table
+
+
+def section_from_hugging_face(config: dict[str, Any]) -> DecoderSection:
+    """Describe a folder's model by its config.json; raise UserError for what the native families do not have."""
+    family = config.get("model_type")
+    if family not in _FIELDS:
+        raise UserError("config.json", f"model_type is {family!r}; the native families are gpt2 and llama")
+    for key, allowed in _FIXED[family].items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError("config.json", f"{key} is {config[key]!r}; the native {family} has {allowed[0]!r}")
+    names = _FIELDS[family]
+    values = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
+    values.setdefault("tie_embeddings", family == "gpt2")
+    if family == "llama":
+        values["rope_theta"] = _rope_theta(config)
+    try:
+        section = DecoderSection(family=family, **values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = names.get(str(problem["loc"][0]), "") if problem["loc"] else ""
+        raise UserError("config.json", f"{key}: {problem['msg']}".lstrip(": ")) from None
+    if config.get("head_dim") not in (None, section.head_size):
+        raise UserError("config.json", f"head_dim is {config['head_dim']}; the native llama has {section.head_size}")
+    return section
+
+
+def load_hugging_face(model: Decoder, folder: Path) -> None:
+    """Fill a model with the weights of a folder, safetensors only; raise UserError if it is of another model."""
+    config = read_json(folder / "config.json")
+    found, section = section_from_hugging_face(config), model.section
+    keys = ["family", "num_layers", "hidden_size", "num_heads", "key_value_heads", "inner_size", "max_positions"]
+    keys += ["tie_embeddings", "norm_epsilon"] + ["rope_theta"] * (section.family == "llama")
+    for key in keys:
+        ours, theirs = getattr(section, key), getattr(found, key)
+        if ours != theirs:
+            raise UserError(f"model.{_KEYS.get(key, key)}", f"{ours}, but the model in {folder} has {theirs}")
+    if not isinstance(config.get("vocab_size"), int):
+        raise UserError(str(folder / "config.json"), f"vocab_size is {config.get('vocab_size')!r}, not a number")
+    if padded_vocabulary(config["vocab_size"], section) != padded_vocabulary(model.vocabulary_size, section):
+        message = f"the model has {model.vocabulary_size} tokens, the one in {folder} {config['vocab_size']}"
+        raise UserError("model.initialize_from", message)
+    weights = WeightFolder(folder)
+    if "wte.weight" in weights.files:  # the first GPT-2 folders leave the prefix out
+        weights.prefix = "transformer."
+    derived = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq") + (
+        ".lm_head.weight",
+    ) * section.tie_embeddings
+    load_pieces(model, hugging_face_tensors(section, config["vocab_size"]), weights, derived)
+
+
+_FIELDS = {
+    "gpt2": {
+        "num_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "num_heads": "n_head",
+        "feed_forward_size": "n_inner",
+        "max_positions": "n_positions",
+        "norm_epsilon": "layer_norm_epsilon",
+        "initializer_range": "initializer_range",
+        "dropout": "resid_pdrop",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    "llama": {
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "num_heads": "num_attention_heads",
+        "num_key_value_heads": "num_key_value_heads",
+        "feed_forward_size": "intermediate_size",
+        "max_positions": "max_position_embeddings",
+        "norm_epsilon": "rms_norm_eps",
+        "initializer_range": "initializer_range",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+}
+_KEYS = {"key_value_heads": "num_key_value_heads", "inner_size": "feed_forward_size"}  # of the run document
+# What config.json may say where our families have no choice; the first is what a missing key means.
+_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+    },
+    "llama": {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+}
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    """Return the base of plain rotary positions, from either generation of config.json."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError("config.json", f"rotary positions of type {kind!r}; the native llama has only plain ones")
+    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def _norm_pieces(section: DecoderSection, ours: str, theirs: str) -> dict[str, list[Piece]]:
+    kinds = ("weight", "bias") if section.family == "gpt2" else ("weight",)
+    return {f"{ours}.{kind}": [Piece(f"{theirs}.{kind}", 0, section.hidden_size)] for kind in kinds}
+
+
+def _gpt2_layer(section: DecoderSection, index: int) -> dict[str, list[Piece]]:
+    ours, theirs, size = f"blocks.{index}", f"transformer.h.{index}", section.hidden_size
+    table = _norm_pieces(section, f"{ours}.attention_norm", f"{theirs}.ln_1")
+    table |= _norm_pieces(section, f"{ours}.feed_forward_norm", f"{theirs}.ln_2")
+    for name, their_name, rows in (
+        ("attention.qkv", "attn.c_attn", 3 * size),
+        ("attention.out", "attn.c_proj", size),
+        ("feed_forward.up", "mlp.c_fc", section.inner_size),
+        ("feed_forward.down", "mlp.c_proj", size),
+    ):
+        table[f"{ours}.{name}.weight"] = [Piece(f"{theirs}.{their_name}.weight", 0, rows, transpose=True)]
+        table[f"{ours}.{name}.bias"] = [Piece(f"{theirs}.{their_name}.bias", 0, rows)]
+    return table
+
+
+def _llama_layer(section: DecoderSection, index: int) -> dict[str, list[Piece]]:
+    ours, theirs, size = f"blocks.{index}", f"model.layers.{index}", section.hidden_size
+    table = _norm_pieces(section, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
+    table |= _norm_pieces(section, f"{ours}.feed_forward_norm", f"{theirs}.post_attention_layernorm")
+    key_rows, inner = section.key_value_heads * section.head_size, section.inner_size
+    for name, parts in (
+        ("attention.qkv", (("self_attn.q_proj", size), ("self_attn.k_proj", key_rows), ("self_attn.v_proj", key_rows))),
+        ("attention.out", (("self_attn.o_proj", size),)),
+        ("feed_forward.gate_up", (("mlp.gate_proj", inner), ("mlp.up_proj", inner))),
+        ("feed_forward.down", (("mlp.down_proj", size),)),
+    ):
+        pieces, start = [], 0
+        for their_name, rows in parts:
+            pieces.append(Piece(f"{theirs}.{their_name}.weight", start, start + rows))
+            start += rows
+        table[f"{ours}.{name}.weight"] = pieces
+    return table

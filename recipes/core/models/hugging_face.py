@@ -1,0 +1,112 @@
+"""Names and layouts of weights in Hugging Face folders: a table of pieces, and both directions a tensor at a time."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from bigbatch.recipes.core.errors import UserError
+
+
+class Piece(NamedTuple):
+    """The Hugging Face tensor that rows start..stop of one of our tensors are, transposed or not."""
+
+    name: str
+    start: int
+    stop: int
+    transpose: bool = False
+
+
+def to_hugging_face(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """Cut a piece out of our tensor, as it lies in a Hugging Face folder."""
+    part = tensor[piece.start : piece.stop]
+    return (part.T if piece.transpose else part).contiguous()
+
+
+def from_hugging_face(
+    pieces: Iterable[Piece], read: Callable[[str], torch.Tensor], shape: torch.Size, where: str = ""
+) -> torch.Tensor:
+    """Put our tensor together from its pieces; rows that none of them has (a padded vocabulary) are zero."""
+    tensor = None
+    for piece in pieces:
+        part = read(piece.name)
+        expected = (piece.stop - piece.start, *shape[1:])
+        expected = expected[::-1] if piece.transpose else expected
+        if tuple(part.shape) != expected:
+            raise UserError(where, f"tensor {piece.name!r} is {tuple(part.shape)}, the model needs {expected}")
+        if tensor is None:
+            tensor = part.new_zeros(shape)
+        tensor[piece.start : piece.stop] = part.T if piece.transpose else part
+    assert tensor is not None
+    return tensor
+
+
+class WeightFolder:
+    """The safetensors of a Hugging Face folder, one file or many, opened for reading by name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Find where each tensor lies; raise UserError if the folder has no readable safetensors."""
+        self.folder = folder
+        self.prefix = ""  # left out of the names in the files
+        index = folder / "model.safetensors.index.json"
+        single = folder / "model.safetensors"
+        if index.exists():
+            self.files: dict[str, Path] = {
+                name: folder / file for name, file in read_json(index).get("weight_map", {}).items()
+            }
+        elif single.exists():
+            self.files = dict.fromkeys(self._names(single), single)
+        else:
+            raise UserError(str(folder), "has no model.safetensors; weights in other formats are not read")
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor."""
+        stored = name.removeprefix(self.prefix)
+        path = self.files[stored]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise UserError(str(path), f"cannot be read ({error})") from None
+
+    def _names(self, path: Path) -> list[str]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(str(path), f"is not a safetensors file ({error})") from None
+
+
+def load_pieces(
+    model: nn.Module, table: dict[str, list[Piece]], weights: WeightFolder, derived: tuple[str, ...] = ()
+) -> None:
+    """Fill a model's parameters, one at a time.
+
+    Stored tensors whose names end with one of `derived` follow from others and are not read. Raises UserError at a
+    name that is missing or left over, and at a shape that differs.
+    """
+    where = str(weights.folder)
+    needed = {piece.name.removeprefix(weights.prefix) for pieces in table.values() for piece in pieces}
+    if missing := sorted(needed - weights.files.keys()):
+        raise UserError(where, f"lacks {missing[0]!r}, one of {len(missing)} tensors that the model needs")
+    extra = sorted(name for name in weights.files.keys() - needed if not f".{name}".endswith(derived))
+    if extra:
+        raise UserError(where, f"holds {extra[0]!r}, one of {len(extra)} tensors that the model does not have")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(from_hugging_face(table[name], weights.read, parameter.shape, where))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a Hugging Face folder."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read as JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise UserError(str(path), f"holds a {type(document).__name__}, not an object")
+    return document
