@@ -7,9 +7,8 @@ disk: a folder without a manifest that verifies does not exist.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +22,11 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.fragments import Fragment, is_replicated
 from bigbatch.recipes.core.optim import state_keys
 from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.tensor_file import Entry, hash_file, sync_folder, write_json, write_tensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MASTER = "master"
-CHUNK_BYTES = 16 * 2**20
 
 
 class Piece(NamedTuple):
@@ -60,9 +59,10 @@ def save(run_dir: Path, engine: Engine, mesh: Mesh, state: dict[str, Any]) -> Pa
     with _agreed(mesh, folder):
         entries = list(_owned(engine, mesh))
         shard = f"rank_{mesh.rank:05d}.safetensors"
-        description = write_shard(folder / shard, [(f"{kind}/{item.name}", part) for item, kind, _, part in entries])
+        header = [Entry(f"{kind}/{item.name}", part.dtype, tuple(part.shape)) for item, kind, _, part in entries]
+        description = write_tensors(folder / shard, header, (part for *_, part in entries))
         pieces = [[item.name, item.shape, [shard, kind, start, part.numel()]] for item, kind, start, part in entries]
-        _write_json(folder / f"rank_{mesh.rank:05d}.json", {"file": description, "pieces": pieces})
+        write_json(folder / f"rank_{mesh.rank:05d}.json", {"file": description, "pieces": pieces})
         sync_folder(folder)
     with _agreed(mesh, folder):
         if mesh.is_writer:
@@ -102,42 +102,6 @@ def _engine_state(engine: Engine) -> dict[str, Any]:
     return state
 
 
-def write_shard(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """Write float32 tensors as a safetensors file, hashed on the way and synced; return its name, bytes and hash.
-
-    The format is written here, not by the library, so that each byte passes once, in pieces.
-    """
-    tensors = list(tensors)
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)  # the data begin at a multiple of 8
-    digest = xxhash.xxh3_128()
-    with path.open("wb", buffering=0) as file:
-        for chunk in _chunks([len(head).to_bytes(8, "little") + head], tensors):
-            digest.update(chunk)
-            _write_all(file, chunk)
-        os.fsync(file.fileno())
-    return {"name": path.name, "bytes": 8 + len(head) + offset, "xxh3_128": digest.hexdigest()}
-
-
-def _chunks(head: list[bytes], tensors: list[tuple[str, torch.Tensor]]) -> Iterator[memoryview]:
-    yield from (memoryview(part) for part in head)
-    for _, tensor in tensors:
-        data = memoryview(tensor.detach().cpu().contiguous().view(-1).numpy()).cast("B")
-        for begin in range(0, len(data), CHUNK_BYTES):
-            yield data[begin : begin + CHUNK_BYTES]
-
-
-def _write_all(file: Any, chunk: memoryview) -> None:
-    while len(chunk):
-        chunk = chunk[file.write(chunk) :]
-
-
 def _commit(folder: Path, num_ranks: int, state: dict[str, Any]) -> None:
     """Gather the ranks' descriptions into the manifest: its rename is the moment from which the checkpoint exists."""
     tensors: dict[str, Any] = {}
@@ -150,10 +114,10 @@ def _commit(folder: Path, num_ranks: int, state: dict[str, Any]) -> None:
             tensors.setdefault(name, {"shape": shape, "dtype": "F32", "pieces": []})["pieces"].append(piece)
     manifest = {"format": FORMAT_VERSION, **state, "files": files, "tensors": tensors}
     manifest["xxh3_128"] = _manifest_hash(manifest)
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     sync_folder(folder)
     sync_folder(folder.parent)
-    _write_json(folder.parent / "latest", folder.name)
+    write_json(folder.parent / "latest", folder.name)
     sync_folder(folder.parent)
     for rank in range(num_ranks):
         (folder / f"rank_{rank:05d}.json").unlink()
@@ -343,15 +307,6 @@ class Reader:
             raise CheckpointDamagedError(f"{kind} of {name!r} covers {filled} of {target.numel()} elements")
 
 
-def hash_file(path: Path) -> str:
-    """Return the xxh3-128 of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
@@ -391,22 +346,3 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
             if name not in reader.tensors:
                 raise UserError(str(reader.folder), f"has no tensor {name!r} that the model needs")
             parameter.copy_(reader.read(name))
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the folder's own entries on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
