@@ -40,11 +40,12 @@ def run_ranks(command: Sequence[str], ranks: int, run_dir: Path, *, grace_second
     failure_file.unlink(missing_ok=True)
     with _Signals() as signals, _started(command, ranks, run_dir, signals) as started:
         failed = _wait(started, signals, grace_seconds)
-    if failed is not None and failed.process.returncode == EXIT_USER_ERROR:
+    if signals.kill:
+        print("stopped without saving; what was saved before stays", file=sys.stderr, flush=True)
+    elif failed is not None and failed.process.returncode == EXIT_USER_ERROR:
         _tell_user_error(started[0], failed)
     elif failed is not None:
-        if not failure_file.exists():
-            _write_failure(failure_file, failed)
+        _keep_cause(failure_file, failed)
         _tell_failure(failure_file)
     return _common_status([_status(rank, signals.received) for rank in started])
 
@@ -172,8 +173,8 @@ def _wait(started: list[Rank], signals: _Signals, grace_seconds: float) -> Rank 
 def _first_failed(started: list[Rank], received: list[int]) -> Rank | None:
     fine = (None, EXIT_DONE, EXIT_REQUEUE)
     failed = [rank for rank in started if rank.process.poll() is not None and _status(rank, received) not in fine]
-    # When several have ended since the last look, those that were told to end or found a connection closed come after.
-    return min(failed, key=lambda rank: (rank.process.returncode == -signal.SIGTERM, rank.number), default=None)
+    # Of several that have ended since the last look: one that was killed is the cause, one that failed maybe its echo.
+    return min(failed, key=lambda rank: (rank.process.returncode > 0, rank.number), default=None)
 
 
 def _status(rank: Rank, received: list[int]) -> int:
@@ -216,19 +217,32 @@ def _tell_user_error(first: Rank, failed: Rank) -> None:
         print(*_log_tail(failed.log)[-1:], file=sys.stderr, flush=True)
 
 
-def _write_failure(path: Path, rank: Rank) -> None:
-    """Write the digest that the rank itself could not write."""
+def _keep_cause(path: Path, rank: Rank) -> None:
+    """Write the digest that the failed rank could not write itself: another's tells but of the broken connection."""
+    own = _read_digest(path)
+    if own.get("rank") == rank.number or (own and rank.process.returncode > 0):
+        return
     status = rank.process.returncode
     log = rank.log or path.parent / "log" / "rank0.txt"
     digest: dict[str, Any] = {
         "rank": rank.number,
         "host": socket.gethostname(),
+        "phase": own.get("phase"),
+        "step": own.get("step"),
         "exit_status": status if status >= 0 else None,
         "signal": signal.Signals(-status).name if status < 0 else None,
         "log_tail": _log_tail(log),
         "what_to_do": _advice(status, log),
+        "echo": own or None,
     }
     path.write_text(json.dumps(digest, indent=2) + "\n")
+
+
+def _read_digest(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):  # none, or its writer was killed over it
+        return {}
 
 
 def _log_tail(path: Path) -> list[str]:
@@ -253,11 +267,7 @@ def _advice(status: int, log: Path) -> str:
 
 def _tell_failure(path: Path) -> None:
     """Say in one line which rank failed and why."""
-    try:
-        digest = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        digest = {}
-    how = digest.get("exception") or digest.get("signal") or f"exit status {digest.get('exit_status')}"
-    where = f"rank {digest.get('rank', '?')} on {digest.get('host', '?')}"
-    advice = f"; {digest['what_to_do']}" if digest.get("what_to_do") else ""
-    print(f"error: {where} failed: {how}{advice} ({path})", file=sys.stderr, flush=True)
+    digest = _read_digest(path)
+    how = digest.get("exception") or digest.get("signal") or f"exit status {digest['exit_status']}"
+    where = f"rank {digest['rank']} on {digest['host']}"
+    print(f"error: {where} failed: {how}; {digest['what_to_do']} ({path})", file=sys.stderr, flush=True)

@@ -171,6 +171,22 @@ def test_the_digest_that_a_rank_wrote_itself_is_kept_and_told(tmp_path, capfd):
     assert "rank 0 on here failed: ValueError: bad; mend it" in capfd.readouterr().err
 
 
+def test_a_killed_rank_is_the_cause_though_another_told_of_its_broken_connection(tmp_path, capfd):
+    body = f"""
+        if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(0.5)
+        digest = '{{"rank": 0, "host": "here", "step": 8, "exception": "closed by peer", "what_to_do": "look there"}}'
+        pathlib.Path({str(tmp_path)!r}, "failure.json").write_text(digest)
+        sys.exit(1)
+    """
+    assert run_ranks(program(body), 2, tmp_path) == 1
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["rank"], failure["signal"], failure["step"]) == (1, "SIGKILL", 8)
+    assert failure["echo"]["exception"] == "closed by peer"
+    assert capfd.readouterr().err.startswith("error: rank 1 on ")
+
+
 def test_the_digest_of_an_earlier_failure_does_not_outlive_a_good_run(tmp_path):
     run_ranks(program("sys.exit(1)"), 1, tmp_path)
     assert (tmp_path / "failure.json").exists()
@@ -219,8 +235,10 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_listen(tmp_path, pids):
     time.sleep(0.3)
     assert all(map(is_alive, numbers))
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    error = process.communicate(timeout=20)[1]
     assert process.returncode == 1
+    assert error.endswith("stopped without saving; what was saved before stays\n")
+    assert not (tmp_path / "failure.json").exists()
     assert not any(map(is_alive, numbers))
 
 
