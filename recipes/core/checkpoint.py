@@ -67,7 +67,7 @@ def save(run_dir: Path, engine: Engine, mesh: Mesh, state: dict[str, Any]) -> Pa
     with _agreed(mesh, folder):
         if mesh.is_writer:
             _commit(folder, mesh.world_size, {**state, **_engine_state(engine)})
-            _apply_retention(run_dir, engine.config)
+            _apply_retention(run_dir, engine.config, state["step"])
     return folder
 
 
@@ -128,10 +128,13 @@ def _manifest_hash(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _apply_retention(run_dir: Path, config: RunConfig) -> None:
-    """Remove all but the newest `keep` and the permanent ones, the manifest first so that none is half there."""
+def _apply_retention(run_dir: Path, config: RunConfig, newest_step: int) -> None:
+    """Remove all but the newest `keep` and the permanent ones, the manifest first so that none is half there.
+
+    Those of later steps than the one just saved do not count: they did not verify when the run went on without them.
+    """
     every = config.checkpoint.keep_every_steps
-    steps = [step_of(folder) for folder in committed(run_dir)]
+    steps = [step for folder in committed(run_dir) if (step := step_of(folder)) <= newest_step]
     for step in steps[config.checkpoint.keep :]:
         if not every or step % every:
             _clear(checkpoint_dir(run_dir, step))
@@ -145,7 +148,7 @@ def _clear(folder: Path) -> None:
 
 
 class _agreed:  # noqa: N801 - reads as a word in `with _agreed(mesh, folder)`
-    """Run a block on every rank; if it failed on any, raise on all, and clear the folder."""
+    """Run a block on every rank; if it failed on any, raise on all, and clear the folder unless it is committed."""
 
     def __init__(self, mesh: Mesh, folder: Path) -> None:
         self.mesh, self.folder = mesh, folder
@@ -156,12 +159,11 @@ class _agreed:  # noqa: N801 - reads as a word in `with _agreed(mesh, folder)`
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not isinstance(error, OSError):
             return
-        (failed,) = self.mesh.sum(0.0 if error is None else 1.0)
-        if not failed:
+        reason = self.mesh.first_text(f"{error.strerror or error}" if error else "")
+        if not reason:
             return
-        if self.mesh.is_writer:
+        if self.mesh.is_writer and not (self.folder / MANIFEST).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
-        reason = f"{error.strerror or error}" if isinstance(error, OSError) else "another rank could not write"
         raise UserError(
             str(self.folder), f"the checkpoint could not be written ({reason}); the earlier ones are untouched"
         ) from error
@@ -186,10 +188,8 @@ def restore(run_dir: Path, engine: Engine, mesh: Mesh, say: Any) -> dict[str, An
             reader.verify(part=mesh.rank, parts=mesh.world_size)
         except (CheckpointDamagedError, OSError) as error:
             problem = str(error)
-        (damaged,) = mesh.sum(1.0 if problem else 0.0)
-        if damaged:
-            if problem:
-                say(f"skipped {folder.name}: {problem}")
+        if problem := mesh.first_text(problem):
+            say(f"skipped {folder.name}: {problem}")
             continue
         load_into(reader, engine)
         return reader.manifest
@@ -198,7 +198,7 @@ def restore(run_dir: Path, engine: Engine, mesh: Mesh, say: Any) -> dict[str, An
 
 def load_into(reader: "Reader", engine: Engine) -> None:
     """Fill the engine's masters, optimizer state and loss scaler. Collective: every rank must call it."""
-    _check_shapes(reader, engine)
+    _check_shapes(reader, engine.module)
     optimizer_state = reader.manifest["optimizer"]
     same_optimizer = optimizer_state["name"] == engine.config.optimizer.name
     steps = optimizer_state["steps"] if same_optimizer else None
@@ -227,11 +227,11 @@ def _make_state(optimizer: torch.optim.Optimizer, fragment: Fragment, keys: tupl
         state["step"] = torch.tensor(steps, dtype=torch.float32)
 
 
-def _check_shapes(reader: "Reader", engine: Engine) -> None:
+def _check_shapes(reader: "Reader", module: torch.nn.Module) -> None:
     """Refuse a checkpoint of another model, naming the first tensor that differs."""
     shapes = {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in engine.module.named_parameters()
+        for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
     for name, shape in shapes.items():
@@ -317,9 +317,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def checkpoint_dirs(run_dir: Path) -> list[Path]:
+    """List the checkpoint folders, whole or not, newest first; what else lies beside them is left alone."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted((folder for folder in folders if folder.name[5:].isdecimal()), key=step_of, reverse=True)
+
+
 def committed(run_dir: Path, say: Any = None) -> list[Path]:
     """List the folders that have a manifest, newest first; those without are named through `say`."""
-    folders = sorted((run_dir / "checkpoints").glob("step_*"), reverse=True)
+    folders = checkpoint_dirs(run_dir)
     for folder in folders:
         if say and not (folder / MANIFEST).exists():
             say(f"skipped {folder.name}: the save was interrupted")
@@ -339,10 +345,17 @@ def newest(run_dir: Path) -> Reader:
 
 
 def load_weights(path: Path, model: torch.nn.Module) -> None:
-    """Copy the masters of a checkpoint (or of a run's newest) into a model's parameters, one tensor at a time."""
-    reader = Reader(path) if (path / MANIFEST).exists() else newest(path)
+    """Copy the masters of a checkpoint (or of a run's newest) into a model's parameters, one tensor at a time.
+
+    Raise UserError if the checkpoint is damaged or of another model.
+    """
+    try:
+        reader = Reader(path) if (path / MANIFEST).exists() else newest(path)
+        reader.verify()
+    except CheckpointDamagedError as error:
+        raise UserError(str(path), f"the checkpoint is damaged: {error}") from None
+    _check_shapes(reader, model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name not in reader.tensors:
-                raise UserError(str(reader.folder), f"has no tensor {name!r} that the model needs")
-            parameter.copy_(reader.read(name))
+            if parameter.requires_grad:
+                parameter.copy_(reader.read(name))

@@ -59,5 +59,6 @@ def _precision_blocks(precision: PrecisionSection) -> dict[str, Any]:
             "loss_scale": precision.static_loss_scale or 0,  # 0 is dynamic
             "initial_scale_power": precision.initial_scale_power,
             "loss_scale_window": precision.scale_window,
+            "hysteresis": 1,  # each overflow halves the scale, as stage 0 always does
         }
     }

@@ -110,6 +110,8 @@ class Lamb(Optimizer):
             )
             for group, parameter, state in _with_gradient(self, ("exp_avg", "exp_avg_sq"))
         ]
+        if not updates:  # a step that was not finite, on every rank
+            return
         squares = torch.zeros(2, self._num_parameters, device=updates[0][1].device)  # [weights | directions, parameter]
         for _, weight, direction, segments in updates:
             for start, length, number in segments:

@@ -44,12 +44,17 @@ class Mesh:
         """Wait for all ranks. Collective: every rank must call it."""
         self.sum(0.0)
 
-    def broadcast_text(self, text: str) -> str:
-        """Return rank 0's text on every rank. Collective: every rank must call it."""
+    def broadcast_text(self, text: str, source: int = 0) -> str:
+        """Return one rank's text on every rank. Collective: every rank must call it."""
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         size = torch.tensor([len(data)], device=self.device)
-        dist.broadcast(size, 0)
-        if self.rank:
+        dist.broadcast(size, source)
+        if self.rank != source:
             data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, 0)
+        dist.broadcast(data, source)
         return bytes(data.tolist()).decode()
+
+    def first_text(self, text: str) -> str:
+        """Return the text of the lowest rank that has one on every rank, or "". Collective: every rank must call it."""
+        has_text = self.sum(*(float(bool(text) and rank == self.rank) for rank in range(self.world_size)))
+        return self.broadcast_text(text, has_text.index(1.0)) if any(has_text) else ""
