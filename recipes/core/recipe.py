@@ -43,6 +43,17 @@ class DataSplits(NamedTuple):
     """What the model and the checkpoint need to know: vocabulary_size, tokenizer (path), fingerprint, ..."""
 
 
+class HuggingFaceExport(NamedTuple):
+    """How transformers describes the same model."""
+
+    config: dict[str, Any]
+    """config.json."""
+    tensors: dict[str, list[Any]]
+    """For each of our parameters, its pieces in Hugging Face's names (models/hugging_face.py)."""
+    generation: dict[str, Any]
+    """generation_config.json."""
+
+
 class Recipe(Protocol):
     """The parts that a recipe module (`recipes/<name>/recipe.py`) defines as functions: never control flow."""
 
@@ -54,8 +65,11 @@ class Recipe(Protocol):
         """Map the prepared folder into memory."""
         ...
 
-    def build_model(self, config: Any, facts: dict[str, Any]) -> "torch.nn.Module":
-        """Build the module with its first weights, drawn from the default generator."""
+    def build_model(self, config: Any, facts: dict[str, Any], initialize: bool = True) -> "torch.nn.Module":
+        """Build the module with its first weights, drawn from the default generator.
+
+        Without `initialize` no file is read: the weights are about to be overwritten.
+        """
         ...
 
     def count_targets(self, batch: dict[str, "np.ndarray"]) -> int:
@@ -72,6 +86,10 @@ class Recipe(Protocol):
 
     def flops_per_sample(self, config: Any, facts: dict[str, Any]) -> float:
         """Floating-point operations of the model, forward and backward, on one sample; no recomputation counted."""
+        ...
+
+    def hugging_face(self, config: Any, facts: dict[str, Any]) -> HuggingFaceExport:
+        """Name the model's tensors and settings as transformers does."""
         ...
 
     def samples_of_text(self, config: Any, model: "torch.nn.Module", facts: dict[str, Any]) -> list[dict[str, str]]:

@@ -54,7 +54,7 @@ def run_evaluate(run: train.Run, phase: dict[str, Any]) -> int:
         raise UserError("data.validation", "is empty and data.validation_fraction is 0: nothing to evaluate on")
     mesh = runtime.start_mesh()
     reader = checkpoint.newest(run.run_dir)
-    model = run.recipe.build_model(run.config, data.facts)
+    model = run.recipe.build_model(run.config, data.facts, initialize=False)
     checkpoint.load_weights(reader.folder, model)
     phase.update(phase="evaluate", step=reader.manifest["step"])
     figures = train.evaluate(

@@ -10,8 +10,15 @@ from torch import nn
 
 from bigbatch.recipes.core.data.prepare import prepare_tokens, prepared_folder
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL, TokenSamples
-from bigbatch.recipes.core.models.decoder import Decoder, padded_vocabulary
-from bigbatch.recipes.core.recipe import Batch, DataSplits, Loss
+from bigbatch.recipes.core.models.decoder import (
+    Decoder,
+    hugging_face_config,
+    hugging_face_tensors,
+    load_hugging_face,
+)
+from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss
+from bigbatch.recipes.core.train import Run
 from bigbatch.recipes.gpt.config import GptConfig
 
 
@@ -38,11 +45,10 @@ def open_data(config: GptConfig) -> DataSplits:
     return DataSplits(train, validation, facts)
 
 
-def build_model(config: GptConfig, facts: dict[str, Any]) -> nn.Module:
+def build_model(config: GptConfig, facts: dict[str, Any], initialize: bool = True) -> nn.Module:
     """Build the decoder: first weights, or those of a Hugging Face folder."""
-    model = Decoder(config.model, padded_vocabulary(facts["vocabulary_size"], config.model))
-    if config.model.initialize_from:
-        from bigbatch.recipes.core.models.decoder import load_hugging_face
+    model = Decoder(config.model, facts["vocabulary_size"])
+    if initialize and config.model.initialize_from:
         load_hugging_face(model, Path(config.model.initialize_from))
     return model
 
@@ -70,13 +76,30 @@ def flops_per_sample(config: GptConfig, facts: dict[str, Any]) -> float:
     """
     section, length = config.model, config.data.sequence_length
     with torch.device("meta"):
-        model = Decoder(section, padded_vocabulary(facts["vocabulary_size"], section))
+        model = Decoder(section, facts["vocabulary_size"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if not section.tie_embeddings:
         parameters -= model.embed.tokens.weight.numel()
     if model.embed.positions is not None:
         parameters -= model.embed.positions.weight.numel()
     return length * (6.0 * parameters + 12.0 * section.num_layers * section.hidden_size * length)
+
+
+def hugging_face(config: GptConfig, facts: dict[str, Any]) -> HuggingFaceExport:
+    """Name the model's tensors and settings as transformers does."""
+    section, size = config.model, facts["vocabulary_size"]
+    sample = config.sample
+    generation = {"do_sample": sample.temperature > 0, "max_new_tokens": sample.max_new_tokens}
+    if sample.temperature > 0:
+        generation |= {"temperature": sample.temperature, "top_k": sample.top_k, "top_p": sample.top_p}
+    return HuggingFaceExport(hugging_face_config(section, size), hugging_face_tensors(section, size), generation)
+
+
+def contestants(run: Run, mesh: Mesh) -> list[Any]:
+    """Return who trains the same model, for `bigbatch bench train`."""
+    from bigbatch.recipes.gpt import contestants as module  # noqa: PLC0415 - transformers' Trainer takes seconds
+
+    return module.contestants(run, mesh)
 
 
 def samples_of_text(config: GptConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:

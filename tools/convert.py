@@ -1,0 +1,247 @@
+"""`bigbatch convert RUN_DIR OUT`: a checkpoint under any plan becomes a Hugging Face folder, in bounded memory.
+
+Everything is written beside OUT, compared with transformers' own model on real text, and renamed to OUT when it agrees:
+a folder called OUT is a folder that agreed.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bigbatch.recipes.core import recipe as recipes
+from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, Reader, newest
+from bigbatch.recipes.core.errors import EXIT_DONE, UserError
+from bigbatch.recipes.core.lazy_weights import read_lazily
+from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder
+from bigbatch.recipes.core.tensor_file import Entry, sync_folder, write_json, write_tensors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = 1e-4
+"""Largest difference of two logits in float32. Two ways to sum the same products differ by about 1e-5 here; a wrong
+weight, by whole units."""
+SHARD_BYTES = 4 * 2**30
+RECORD_FILE = "conversion.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PARITY_SAMPLES = 2
+PARITY_TOKENS = 512
+
+
+class Parity(NamedTuple):
+    """How the written folder compares with the checkpoint."""
+
+    largest_difference: float
+    largest_logit: float
+    num_tokens: int
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb `convert`."""
+    parser = argparse.ArgumentParser(
+        prog="bigbatch convert", description="Turn a checkpoint into a Hugging Face folder."
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run folder, or one of its checkpoints")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights written (default fp32)")
+    parser.add_argument("--max-ram", default="4G", metavar="SIZE", help="for reading and writing (default 4G)")
+    arguments = parser.parse_args(argv)
+    parity = convert(arguments.run_dir, arguments.out, arguments.dtype, parse_bytes(arguments.max_ram))
+    print(
+        f"{arguments.out}: logits of {parity.num_tokens} tokens equal transformers' own to "
+        f"{parity.largest_difference:.1e} (largest logit {parity.largest_logit:.1f})",
+        file=sys.stderr,
+    )
+    print(arguments.out)
+    return EXIT_DONE
+
+
+def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 4 * 2**30) -> Parity:
+    """Convert the newest checkpoint of a run that verifies (or the one given) into the folder `out`."""
+    if out.exists():
+        raise UserError(str(out), "exists already; name a folder that does not")
+    reader = Reader(run_dir) if (run_dir / MANIFEST).exists() else newest(run_dir)
+    document = reader.manifest["run"]
+    recipe = recipes.find(document["recipe"])
+    config = recipes.find_config(document["recipe"]).model_validate_json(json.dumps(document))
+    facts = reader.manifest["facts"]
+    export = recipe.hugging_face(config, facts)
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(partial, reader, export.tensors, DTYPES[dtype], max_ram_bytes)
+        _write_rest(partial, export, facts, dtype)
+        tokens = _real_text(recipe, config)
+        parity = compare(partial, reader, recipe, config, tokens, DTYPES[dtype])
+        if not parity.largest_difference <= TOLERANCE:
+            raise UserError(
+                str(out),
+                f"not written: logits differ from transformers' own by {parity.largest_difference:.3g}, "
+                f"at most {TOLERANCE:g} would be right",
+            )
+        _write_card(partial, reader, config, parity, dtype)
+        sync_folder(partial)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return parity
+
+
+def compare(folder: Path, reader: Reader, recipe: Any, config: Any, tokens: np.ndarray, dtype: torch.dtype) -> Parity:
+    """Run transformers' own model from the folder and ours from the checkpoint, in float32, on tokens [B, T].
+
+    Both read their weights a module at a time; ours are rounded to `dtype`, which the folder has.
+    """
+    theirs = _transformers_model(folder)
+    with torch.device("meta"):
+        ours = recipe.build_model(config, reader.manifest["facts"], initialize=False).eval()
+    read_lazily(ours, lambda name: reader.read(name).to(dtype).float())
+    largest, difference = 0.0, 0.0
+    with torch.inference_mode():
+        for row in torch.from_numpy(tokens):
+            expected = theirs(input_ids=row.unsqueeze(0), use_cache=False).logits
+            found = ours(row.unsqueeze(0))
+            largest = max(largest, float(expected.abs().max()))
+            difference = max(difference, float((expected - found).abs().max()))
+    return Parity(difference, largest, tokens.size)
+
+
+def _transformers_model(folder: Path) -> torch.nn.Module:
+    """Build transformers' class on the meta device, with weights that come as they are needed."""
+    import accelerate
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    embedding = model.get_input_embeddings().weight
+    weights = WeightFolder(folder)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # A tied head has no tensor of its own in the file, and the empty model has forgotten what it was tied to.
+    read_lazily(model, lambda name: weights.read(name if name in weights.files else names[id(embedding)]).float())
+    return model
+
+
+def _write_weights(
+    folder: Path, reader: Reader, table: dict[str, list[Piece]], dtype: torch.dtype, max_ram_bytes: int
+) -> None:
+    """Write model.safetensors, or shards of at most SHARD_BYTES with their index."""
+    shapes = {name: tuple(reader.tensors[name]["shape"]) for name in table}
+    items = [(_entry(piece, shapes[name], dtype), name, piece) for name, pieces in table.items() for piece in pieces]
+    shards: list[list[tuple[Entry, str, Piece]]] = [[]]
+    for item in items:
+        if shards[-1] and sum(entry.num_bytes for entry, *_ in shards[-1]) + item[0].num_bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(item)
+    window = max_ram_bytes // 4  # read as float32, transposed, cast: four copies of a window at the worst
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = folder / f"model{suffix}.safetensors"
+        parts = (part for _, name, piece in shard for part in _parts(reader, name, piece, dtype, window))
+        write_tensors(file, [entry for entry, *_ in shard], parts)
+        weight_map.update({entry.name: file.name for entry, *_ in shard})
+    if len(shards) > 1:
+        total = sum(entry.num_bytes for entry, *_ in items)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _entry(piece: Piece, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
+    shape = (piece.stop - piece.start, *shape[1:])
+    return Entry(piece.name, dtype, shape[::-1] if piece.transpose else shape)
+
+
+def _parts(reader: Reader, name: str, piece: Piece, dtype: torch.dtype, window_bytes: int) -> Iterator[torch.Tensor]:
+    """Yield a piece's elements in order, a window of rows at a time; a transposed one has to be read whole."""
+    shape = reader.tensors[name]["shape"]
+    row_elements = math.prod(shape[1:])
+    num_rows = piece.stop - piece.start
+    window_rows = max(1, window_bytes // (4 * row_elements))
+    if piece.transpose and window_rows < num_rows:
+        needed = 16 * num_rows * row_elements
+        raise UserError("--max-ram", f"tensor {piece.name} has to be transposed whole; it needs {needed:,} bytes")
+    for start in range(piece.start, piece.stop, window_rows):
+        rows = min(window_rows, piece.stop - start)
+        part = torch.empty(rows * row_elements)
+        reader.read_into(name, MASTER, start * row_elements, part)
+        part = part.view(rows, *shape[1:]).to(dtype)
+        yield part.T if piece.transpose else part
+
+
+def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) -> None:
+    """Write configuration and generation settings, and copy the tokenizer."""
+    end = facts["end_of_text"]
+    ids = {"bos_token_id": end, "eos_token_id": end}
+    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    _write_text(folder / "config.json", {**export.config, **ids, "dtype": names[dtype]})
+    _write_text(folder / "generation_config.json", {**ids, **export.generation})
+    tokenizer = Path(facts["tokenizer"])
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, folder / name)
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(str(tokenizer), "holds no tokenizer.json: the prepared data have gone; run bigbatch prepare")
+
+
+def _write_text(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _real_text(recipe: Any, config: Any) -> np.ndarray:
+    """Return a few validation samples [B, T] (training ones where there is no validation split)."""
+    data = recipe.open_data(config)
+    samples = data.validation or data.train
+    ids = np.arange(min(PARITY_SAMPLES, samples.num_samples))
+    return samples.batch(ids, np.zeros_like(ids))["tokens"][:, :PARITY_TOKENS]
+
+
+def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype: str) -> None:
+    """Write what this model is, where it comes from and what was compared: for people, and as JSON."""
+    manifest = reader.manifest
+    parameters = sum(math.prod(tensor["shape"]) for tensor in reader.tensors.values())
+    record = {
+        "recipe": config.recipe,
+        "content_id": manifest["content_id"],
+        "step": manifest["step"],
+        "consumed_samples": manifest["consumed_samples"],
+        "data_fingerprint": manifest["data_fingerprint"],
+        "parameters": parameters,
+        "dtype": dtype,
+        "parity": parity._asdict(),
+    }
+    _write_text(folder / RECORD_FILE, record)
+    purpose = f"{config.about.purpose}\n\n" if config.about else ""
+    (folder / "README.md").write_text(f"""# {config.recipe}, step {manifest["step"]:,}
+
+{purpose}| | |
+|---|---|
+| parameters | {parameters:,} |
+| weights | {dtype} |
+| trained for | {manifest["step"]:,} steps, {manifest["consumed_samples"]:,} samples |
+| recipe, content id | {config.recipe}, {manifest["content_id"]} |
+| data fingerprint | {manifest["data_fingerprint"]} |
+
+## What was verified
+
+On {parity.num_tokens:,} tokens of real text, in float32, the logits of transformers' own model loaded from this folder
+differ from those of the model that was trained by at most {parity.largest_difference:.2e} (the largest logit is
+{parity.largest_logit:.2f}; the bound is {TOLERANCE:g}).
+""")
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as 4G, 512M or 1000000."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    if unit not in units or not number.replace(".", "", 1).isdigit():
+        raise UserError("--max-ram", f"found {text!r}; right is a size such as 4G or 512M")
+    return int(float(number) * units[unit])
