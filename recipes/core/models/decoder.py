@@ -19,7 +19,7 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layers import Embedding, Linear, RMSNorm, attend, attention_mask, gelu, rotary_table, rotate
 from bigbatch.recipes.core.loss import chunked_cross_entropy
 from bigbatch.recipes.core.models.config import DecoderSection
-from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json
+from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
 
 
 def padded_vocabulary(vocabulary_size: int, section: DecoderSection) -> int:
@@ -65,7 +65,9 @@ class Decoder(nn.Module):
         its own number, which stand side by side, and positions start anew with each number; `positions` overrides.
         `last_only` keeps the last token's logits [B, 1, V].
         """
-        self._check_length(tokens.shape[1] + (cache.length if cache else 0))
+        if cache is None and tokens.shape[1] > self.section.max_positions:
+            message = f"{self.section.max_positions}, but a sequence has {tokens.shape[1]} tokens"
+            raise UserError("model.max_positions", message)
         if positions is None:
             positions = _positions(tokens, documents, cache)
         hidden = self.embed(tokens, positions)
@@ -82,10 +84,6 @@ class Decoder(nn.Module):
     def layers(self) -> list[nn.Module]:
         """List the modules in order of use, as a pipeline divides them."""
         return [self.embed, *self.blocks, self.head]
-
-    def _check_length(self, length: int) -> None:
-        if length > self.section.max_positions:
-            raise UserError("model.max_positions", f"{self.section.max_positions}, but a sequence has {length} tokens")
 
     def _context(
         self,
@@ -227,6 +225,7 @@ class KeyValueCache:
     """Keys and values of the tokens seen so far, in memory taken once for `max_length` tokens.
 
     Rows of different lengths are aligned at their ends: `padding` [B] says how many of a row's first tokens are none.
+    A row may go on past the model's last position, to keep others company: what it says there means nothing.
     """
 
     def __init__(self, model: Decoder, num_rows: int, max_length: int, padding: torch.Tensor | None = None) -> None:
@@ -234,6 +233,7 @@ class KeyValueCache:
         shape = (section.num_layers, 2, num_rows, section.key_value_heads, max_length, section.head_size)
         self.states = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [layers, 2, B, K, S, E]
         self.padding = padding if padding is not None and bool(padding.any()) else None
+        self.last_position = section.max_positions - 1
         self.length = 0
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,7 +247,9 @@ class KeyValueCache:
     def positions(self, num_tokens: int) -> torch.Tensor:
         """Return the positions [B or 1, T] of the next tokens."""
         index = torch.arange(self.length, self.length + num_tokens, device=self.states.device).unsqueeze(0)
-        return index if self.padding is None else (index - self.padding.unsqueeze(1)).clamp_(min=0)
+        if self.padding is not None:
+            index = (index - self.padding.unsqueeze(1)).clamp_(min=0)
+        return index.clamp_(max=self.last_position)
 
     def mask(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Return what the next tokens [B, T, D] may see, or None where the rule needs no mask."""
@@ -356,6 +358,13 @@ def hugging_face_tensors(section: DecoderSection, vocabulary_size: int) -> dict[
     return table
 
 
+def hugging_face_state(model: Decoder) -> dict[str, torch.Tensor]:
+    """Return all weights as a Hugging Face folder holds them."""
+    table = hugging_face_tensors(model.section, model.vocabulary_size)
+    parameters = dict(model.named_parameters())
+    return {piece.name: to_hugging_face(parameters[name].detach(), piece) for name in table for piece in table[name]}
+
+
 def section_from_hugging_face(config: dict[str, Any]) -> DecoderSection:
     """Describe a folder's model by its config.json; raise UserError for what the native families do not have."""
     family = config.get("model_type")
@@ -364,6 +373,8 @@ def section_from_hugging_face(config: dict[str, Any]) -> DecoderSection:
     for key, allowed in _FIXED[family].items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError("config.json", f"{key} is {config[key]!r}; the native {family} has {allowed[0]!r}")
+    if not isinstance(config.get("vocab_size"), int):
+        raise UserError("config.json", f"vocab_size is {config.get('vocab_size')!r}; right is a number of tokens")
     names = _FIELDS[family]
     values = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
     values.setdefault("tie_embeddings", family == "gpt2")
@@ -390,8 +401,6 @@ def load_hugging_face(model: Decoder, folder: Path) -> None:
         ours, theirs = getattr(section, key), getattr(found, key)
         if ours != theirs:
             raise UserError(f"model.{_KEYS.get(key, key)}", f"{ours}, but the model in {folder} has {theirs}")
-    if not isinstance(config.get("vocab_size"), int):
-        raise UserError(str(folder / "config.json"), f"vocab_size is {config.get('vocab_size')!r}, not a number")
     if padded_vocabulary(config["vocab_size"], section) != padded_vocabulary(model.vocabulary_size, section):
         message = f"the model has {model.vocabulary_size} tokens, the one in {folder} {config['vocab_size']}"
         raise UserError("model.initialize_from", message)

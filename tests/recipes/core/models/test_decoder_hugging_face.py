@@ -10,6 +10,7 @@ from bigbatch.recipes.core.models.config import DecoderSection
 from bigbatch.recipes.core.models.decoder import (
     Decoder,
     hugging_face_config,
+    hugging_face_state,
     hugging_face_tensors,
     load_hugging_face,
     section_from_hugging_face,
@@ -83,11 +84,8 @@ def test_transformers_reads_our_weights_with_the_same_logits(changes, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    parameters = dict(model.named_parameters())
-    pieces = hugging_face_tensors(section, VOCABULARY_SIZE)
-    assert pieces.keys() == parameters.keys()
-    stored = {piece.name: to_hugging_face(parameters[name], piece) for name in pieces for piece in pieces[name]}
-    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert hugging_face_tensors(section, VOCABULARY_SIZE).keys() == dict(model.named_parameters()).keys()
+    save_file(hugging_face_state(model), tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(section, VOCABULARY_SIZE)))
     reference, loading = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True, dtype=torch.float32
@@ -162,6 +160,7 @@ def test_the_names_and_buffers_of_the_first_gpt2_folders_are_understood(tmp_path
         ("llama", {"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_key_value_heads 3"),
         ("llama", {"hidden_size": "32"}, "hidden_size: Input should be a valid integer"),
         ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'; the native gpt2 has 'gelu_new'"),
+        ("gpt2", {"vocab_size": None}, "vocab_size is None; right is a number of tokens"),
         ("gpt2", {"model_type": "opt"}, "model_type is 'opt'; the native families are gpt2 and llama"),
     ],
 )
