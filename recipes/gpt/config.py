@@ -2,8 +2,15 @@
 
 from typing import Literal
 
-from bigbatch.recipes.core.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, RunConfig, Section
-from bigbatch.recipes.core.config import TokenDataSection
+from bigbatch.recipes.core.config import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    RunConfig,
+    Section,
+    TokenDataSection,
+)
 from bigbatch.recipes.core.models.config import DecoderSection
 
 

@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from bigbatch.recipes.core.data.prepare import prepare_tokens, prepared_folder
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL, TokenSamples
+from bigbatch.recipes.core.data.tokenizing import encode_prompt, load_tokenizer
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.generate import Sampling, generate
 from bigbatch.recipes.core.models.decoder import (
     Decoder,
     hugging_face_config,
@@ -42,6 +46,7 @@ def open_data(config: GptConfig) -> DataSplits:
         "tokens_per_sample": data.sequence_length,
         "train_samples": train.num_samples,
     }
+    _prompts(config, load_tokenizer(folder).tokenizer)  # a prompt that cannot be used is told now, not hours later
     return DataSplits(train, validation, facts)
 
 
@@ -104,4 +109,28 @@ def contestants(run: Run, mesh: Mesh) -> list[Any]:
 
 def samples_of_text(config: GptConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:
     """Go on with each prompt of the document. Collective: every rank must call it."""
-    return []
+    tokenizer = load_tokenizer(Path(facts["tokenizer"])).tokenizer
+    section = config.sample
+    sampling = Sampling(
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        seed=config.seed,
+        stop_tokens=(facts["end_of_text"],),
+    )
+    rows = generate(model, _prompts(config, tokenizer), sampling)
+    texts = [tokenizer.decode(completions[0].tokens) for completions in rows]
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(section.prompts, texts, strict=True)]
+
+
+def _prompts(config: GptConfig, tokenizer: Tokenizer) -> list[list[int]]:
+    """Encode the prompts; raise UserError for one that cannot be gone on with."""
+    encoded = []
+    for index, prompt in enumerate(config.sample.prompts):
+        where = f"sample.prompts[{index}]"
+        encoded.append(encode_prompt(tokenizer, prompt, where))
+        if not 0 < len(encoded[-1]) < config.model.max_positions:
+            room = config.model.max_positions - 1
+            raise UserError(where, f"{prompt!r} has {len(encoded[-1])} tokens; 1 to {room} would be right")
+    return encoded

@@ -86,6 +86,16 @@ def encode_documents(tokenizer: TextTokenizer, texts: list[str]) -> list[np.ndar
     return [np.concatenate([*itertools.islice(encoded, len(parts)), end]) for parts in cut]
 
 
+def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str, where: str) -> list[int]:
+    """Return the tokens of a user's text; raise UserError for a character that the tokenizer does not have."""
+    try:
+        return tokenizer.encode(text).ids
+    except Exception:  # the library raises nothing more precise
+        vocabulary = tokenizer.get_vocab()
+        unknown = sorted({character for character in text if character not in vocabulary})
+        raise UserError(where, f"{text!r} holds {', '.join(map(repr, unknown))}, not in the vocabulary") from None
+
+
 def fingerprint(tokenizer_file: Path) -> str:
     """Return a hash of what a tokenizer.json says, however it is laid out."""
     content = json.loads(tokenizer_file.read_text("utf-8"))
