@@ -129,18 +129,21 @@ def _manifest_hash(manifest: dict[str, Any]) -> str:
 
 
 def _apply_retention(run_dir: Path, config: RunConfig, newest_step: int) -> None:
-    """Remove all but the newest `keep` and the permanent ones, the manifest first so that none is half there.
+    """Remove what interrupted saves left, and all but the newest `keep` and the permanent checkpoints.
 
     Those of later steps than the one just saved do not count: they did not verify when the run went on without them.
     """
     every = config.checkpoint.keep_every_steps
-    steps = [step for folder in committed(run_dir) if (step := step_of(folder)) <= newest_step]
-    for step in steps[config.checkpoint.keep :]:
-        if not every or step % every:
-            _clear(checkpoint_dir(run_dir, step))
+    whole = committed(run_dir)
+    debris = [folder for folder in checkpoint_dirs(run_dir) if folder not in whole]
+    counted = [folder for folder in whole if step_of(folder) <= newest_step]
+    surplus = [folder for folder in counted[config.checkpoint.keep :] if not every or step_of(folder) % every]
+    for folder in debris + surplus:
+        _clear(folder)
 
 
 def _clear(folder: Path) -> None:
+    """Remove a folder, its manifest first, so that none is half there."""
     if folder.exists():
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)
@@ -204,6 +207,7 @@ def load_into(reader: "Reader", engine: Engine) -> None:
     steps = optimizer_state["steps"] if same_optimizer else None
     has_state = same_optimizer and any(kind != MASTER for kind in reader.kinds())
     keys = state_keys(engine.config.optimizer) if has_state else ()
+    engine.optimizer.state.clear()
     for fragment in engine.fragments():
         reader.read_into(fragment.name, MASTER, fragment.start, fragment.master)
         if has_state or steps is not None:
@@ -319,8 +323,8 @@ def step_of(folder: Path) -> int:
 
 def checkpoint_dirs(run_dir: Path) -> list[Path]:
     """List the checkpoint folders, whole or not, newest first; what else lies beside them is left alone."""
-    folders = (run_dir / "checkpoints").glob("step_*")
-    return sorted((folder for folder in folders if folder.name[5:].isdecimal()), key=step_of, reverse=True)
+    folders = [path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def committed(run_dir: Path, say: Any = None) -> list[Path]:

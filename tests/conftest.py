@@ -1,0 +1,80 @@
+"""What several test files need: the toy model, and one run of all engine cases shared by the tests that read it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+class Outcome(NamedTuple):
+    """What a case of engine_cases.py left behind."""
+
+    folder: Path
+    """A run folder, with its checkpoints."""
+    steps: list[dict[str, Any]]
+    """Each step's StepResult."""
+
+
+@pytest.fixture(scope="session")
+def toy() -> ModuleType:
+    """Load the toy model that the programs train."""
+    specification = importlib.util.spec_from_file_location("toy", PROGRAMS / "toy.py")
+    assert specification
+    assert specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def run_program() -> Callable[..., str]:
+    """Give a function that runs one of the programs to its end and returns what it printed."""
+
+    def run(name: str, *arguments: object, timeout_seconds: float = 400.0, status: int = 0) -> str:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+        environment["MASTER_ADDR"] = "127.0.0.1"
+        environment.pop("MASTER_PORT", None)
+        command = [sys.executable, str(PROGRAMS / name), *map(str, arguments)]
+        ended = subprocess.run(
+            command,
+            check=False,
+            env=environment,
+            timeout=timeout_seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert ended.returncode == status, ended.stdout
+        return ended.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def engine_cases(run_program: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
+    """Train all cases once; give a function from (phase, ranks, case) to what it left behind."""
+    out = tmp_path_factory.mktemp("engine_cases")
+    run_program("engine_cases.py", out)
+
+    def outcome(phase: str, ranks: int, case: str) -> Outcome:
+        folder = out / f"{phase}_{ranks}" / case
+        results = [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(ranks)]
+        for result in results:
+            if "not supported on your device" in result.get("error", ""):
+                pytest.skip("DeepSpeed finds no fp16 on this CPU")
+            assert "error" not in result, result["error"]
+        assert (
+            len({json.dumps(result["steps"]) for result in results}) == 1
+        )  # the ranks agree; NaN is equal to NaN here
+        return Outcome(folder, results[0]["steps"])
+
+    return outcome
