@@ -52,8 +52,8 @@ class Adagrad(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Apply one update to every parameter that has a gradient."""
-        for group, parameter, state in _with_gradient(self, ("sum",)):
-            gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
+        for group, parameter, gradient, state in _with_gradient(self, ("sum",)):
+            gradient = gradient.add(parameter, alpha=group["weight_decay"])  # noqa: PLW2901
             state["sum"].addcmul_(gradient, gradient)
             parameter.addcdiv_(gradient, state["sum"].sqrt().add_(group["eps"]), value=-group["lr"])
 
@@ -67,11 +67,11 @@ class Lion(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Apply one update to every parameter that has a gradient."""
-        for group, parameter, state in _with_gradient(self, ("exp_avg",)):
+        for group, parameter, gradient, state in _with_gradient(self, ("exp_avg",)):
             beta1, beta2 = group["betas"]
-            update = torch.lerp(parameter.grad, state["exp_avg"], beta1).sign_()
+            update = torch.lerp(gradient, state["exp_avg"], beta1).sign_()
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-            state["exp_avg"].lerp_(parameter.grad, 1 - beta2)
+            state["exp_avg"].lerp_(gradient, 1 - beta2)
 
 
 class Lamb(Optimizer):
@@ -105,10 +105,10 @@ class Lamb(Optimizer):
             (
                 group["lr"],
                 parameter.view(-1),
-                self._direction(group, parameter, state).view(-1),
+                self._direction(group, parameter, gradient, state).view(-1),
                 self._segments.get(parameter, ()),
             )
-            for group, parameter, state in _with_gradient(self, ("exp_avg", "exp_avg_sq"))
+            for group, parameter, gradient, state in _with_gradient(self, ("exp_avg", "exp_avg_sq"))
         ]
         if not updates:  # a step that was not finite, on every rank
             return
@@ -125,11 +125,13 @@ class Lamb(Optimizer):
                 part = slice(start, start + length)
                 weight[part].sub_(direction[part], alpha=learning_rate * ratios[number])
 
-    def _direction(self, group: dict[str, Any], parameter: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    def _direction(
+        self, group: dict[str, Any], parameter: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any]
+    ) -> torch.Tensor:
         beta1, beta2 = group["betas"]
         step = float(state["step"])
-        state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
         direction = (state["exp_avg"] / (1 - beta1**step)).div_(denominator)
         return direction.add_(parameter, alpha=group["weight_decay"])
@@ -137,8 +139,8 @@ class Lamb(Optimizer):
 
 def _with_gradient(
     optimizer: Optimizer, keys: tuple[str, ...]
-) -> Iterator[tuple[dict[str, Any], torch.Tensor, dict[str, Any]]]:
-    """Yield (group, parameter, state) where there is a gradient; the state is made when missing, its step counted."""
+) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """Yield (group, parameter, gradient, state); the state is made when missing, its step counted."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -148,7 +150,7 @@ def _with_gradient(
                 state["step"] = torch.tensor(0.0)
                 state.update({key: torch.zeros_like(parameter) for key in keys})
             state["step"] += 1
-            yield group, parameter, state
+            yield group, parameter, parameter.grad, state
 
 
 Builder = Callable[[OptimizerSection, list[dict[str, Any]]], Optimizer]

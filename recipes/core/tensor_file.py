@@ -14,7 +14,15 @@ import torch
 import xxhash
 
 CHUNK_BYTES = 16 * 2**20
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class Entry(NamedTuple):
@@ -87,7 +95,7 @@ def sync_folder(folder: Path) -> None:
 def _chunks(head: bytes, parts: Iterable[torch.Tensor]) -> Iterator[memoryview]:
     yield memoryview(head)
     for part in parts:
-        data = memoryview(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        data = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         for begin in range(0, len(data), CHUNK_BYTES):
             yield data[begin : begin + CHUNK_BYTES]
 

@@ -1,6 +1,7 @@
 """The one training loop: restore, then evaluate, save and step until the last step."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ class TrainState(NamedTuple):
 
 class NonFiniteError(Exception):
     """The loss or the gradient was not a finite number."""
+
+    advice = (
+        "lower optimizer.learning_rate, or set precision.on_non_finite to skip; start again from a checkpoint before"
+    )
 
 
 class Session(NamedTuple):
@@ -153,7 +158,7 @@ def _evaluation_batches(
 def _restore(run: Run, engine: Engine, mesh: Mesh, data: DataSplits) -> TrainState:
     def say(message: str) -> None:
         if mesh.is_writer:
-            print(message, flush=True)
+            print(message, file=sys.stderr, flush=True)
 
     saved = checkpoint.restore(run.run_dir, engine, mesh, say)
     if saved is None:
@@ -164,7 +169,7 @@ def _restore(run: Run, engine: Engine, mesh: Mesh, data: DataSplits) -> TrainSta
             f"has changed since the checkpoint of step {saved['step']} (fingerprint {data.train.fingerprint[:12]}, "
             f"was {saved['data_fingerprint'][:12]}): bring the data back, or train in a new run folder",
         )
-    state = TrainState(saved["step"], saved["consumed_samples"], saved["order_hash"])
+    state = TrainState(**{name: saved[name] for name in TrainState._fields})
     say(
         f"resumed after step {state.step}: samples 0..{state.consumed_samples - 1} were seen, "
         f"next is {state.consumed_samples} (order {state.order_hash[:12]})"
@@ -238,8 +243,7 @@ def _advance(config: RunConfig, state: TrainState, result: StepResult, order_has
     precision = config.precision
     if result.skipped and precision.dtype != "fp16" and precision.on_non_finite == "stop":
         raise NonFiniteError(
-            f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}. The checkpoints before it are "
-            "whole; lower optimizer.learning_rate, or set precision.on_non_finite to skip"
+            f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}; earlier checkpoints are whole"
         )
     if skipped > precision.max_skipped_steps:
         raise NonFiniteError(

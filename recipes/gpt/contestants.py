@@ -4,7 +4,7 @@ import itertools
 import os
 import tempfile
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,15 @@ from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.recipe import Samples
 from bigbatch.recipes.core.train import DTYPES, Run
 from bigbatch.recipes.gpt import recipe
+from bigbatch.recipes.gpt.config import GptConfig
 
 
 def contestants(run: Run, mesh: Mesh) -> list[Any]:
     """Set up all three with the same first weights and the same samples in the same order."""
-    data = recipe.open_data(run.config)
+    config = cast(GptConfig, run.config)
+    data = recipe.open_data(config)
     torch.manual_seed(run.config.seed)
-    model = recipe.build_model(run.config, data.facts)
+    model = recipe.build_model(config, data.facts)
     transformers.logging.set_verbosity_error()
     rivals = [_as_transformers(model), _as_transformers(model)]
     return [
@@ -117,7 +119,6 @@ class TransformersTrainer:
     def steps(self, count: int) -> tuple[list[float], float]:
         """Train for one step more than is counted: the first one sets up."""
         config, clock = self.run.config, _Clock()
-        precision = {"bf16": config.precision.dtype == "bf16", "fp16": config.precision.dtype == "fp16"}
         with tempfile.TemporaryDirectory() as folder:
             arguments = transformers.TrainingArguments(
                 output_dir=folder,
@@ -136,7 +137,8 @@ class TransformersTrainer:
                 report_to=[],
                 disable_tqdm=True,
                 dataloader_pin_memory=torch.cuda.is_available(),
-                **precision,
+                bf16=config.precision.dtype == "bf16",
+                fp16=config.precision.dtype == "fp16",
             )
             trainer = transformers.Trainer(self.model, arguments, train_dataset=_Rows(self.samples), callbacks=[clock])
             trainer.remove_callback(transformers.PrinterCallback)

@@ -50,7 +50,7 @@ def open_data(config: GptConfig) -> DataSplits:
     return DataSplits(train, validation, facts)
 
 
-def build_model(config: GptConfig, facts: dict[str, Any], initialize: bool = True) -> nn.Module:
+def build_model(config: GptConfig, facts: dict[str, Any], initialize: bool = True) -> Decoder:
     """Build the decoder: first weights, or those of a Hugging Face folder."""
     model = Decoder(config.model, facts["vocabulary_size"])
     if initialize and config.model.initialize_from:
@@ -107,7 +107,7 @@ def contestants(run: Run, mesh: Mesh) -> list[Any]:
     return module.contestants(run, mesh)
 
 
-def samples_of_text(config: GptConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:
+def samples_of_text(config: GptConfig, model: Decoder, facts: dict[str, Any]) -> list[dict[str, str]]:
     """Go on with each prompt of the document. Collective: every rank must call it."""
     tokenizer = load_tokenizer(Path(facts["tokenizer"])).tokenizer
     section = config.sample
