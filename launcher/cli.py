@@ -160,6 +160,7 @@ TOOLS = {
     "generate": ("generate", "Generate text with a model."),
     "checkpoint": ("inspect", "List (ls) or verify the checkpoints of a run."),
     "convert": ("convert", "Turn a run's checkpoint into a Hugging Face folder, compared before it counts as done."),
+    "import-deepspeed": ("import_deepspeed", "Turn a checkpoint of DeepSpeed's own into a safetensors folder."),
     "report": ("report", "Write one HTML page about one run or several."),
     "bench": ("bench", "Measure training against other trainers on this machine."),
     "doctor": ("doctor", "Say which fused parts are in use on this machine, and why not the others."),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bigbatch.recipes.core import recipe as recipes
-from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, Reader, newest
+from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, CheckpointDamagedError, Reader, newest
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 from bigbatch.recipes.core.lazy_weights import read_lazily
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder
@@ -67,7 +67,7 @@ def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 
     """Convert the newest checkpoint of a run that verifies (or the one given) into the folder `out`."""
     if out.exists():
         raise UserError(str(out), "exists already; name a folder that does not")
-    reader = Reader(run_dir) if (run_dir / MANIFEST).exists() else newest(run_dir)
+    reader = _open(run_dir)
     document = reader.manifest["run"]
     recipe = recipes.find(document["recipe"])
     config = recipes.find_config(document["recipe"]).model_validate_json(json.dumps(document))
@@ -93,6 +93,17 @@ def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return parity
+
+
+def _open(run_dir: Path) -> Reader:
+    if not (run_dir / MANIFEST).exists():
+        return newest(run_dir)
+    try:
+        reader = Reader(run_dir)
+        reader.verify()
+    except CheckpointDamagedError as error:
+        raise UserError(str(run_dir), f"the checkpoint is damaged: {error}") from None
+    return reader
 
 
 def compare(folder: Path, reader: Reader, recipe: Any, config: Any, tokens: np.ndarray, dtype: torch.dtype) -> Parity:
@@ -182,8 +193,8 @@ def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) ->
     end = facts["end_of_text"]
     ids = {"bos_token_id": end, "eos_token_id": end}
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    _write_text(folder / "config.json", {**export.config, **ids, "dtype": names[dtype]})
-    _write_text(folder / "generation_config.json", {**ids, **export.generation})
+    write_text(folder / "config.json", {**export.config, **ids, "dtype": names[dtype]})
+    write_text(folder / "generation_config.json", {**ids, **export.generation})
     tokenizer = Path(facts["tokenizer"])
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
@@ -192,7 +203,8 @@ def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) ->
         raise UserError(str(tokenizer), "holds no tokenizer.json: the prepared data have gone; run bigbatch prepare")
 
 
-def _write_text(path: Path, content: dict[str, Any]) -> None:
+def write_text(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON for people to read."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -218,7 +230,7 @@ def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype
         "dtype": dtype,
         "parity": parity._asdict(),
     }
-    _write_text(folder / RECORD_FILE, record)
+    write_text(folder / RECORD_FILE, record)
     purpose = f"{config.about.purpose}\n\n" if config.about else ""
     (folder / "README.md").write_text(f"""# {config.recipe}, step {manifest["step"]:,}
 
