@@ -119,6 +119,8 @@ def _write_first(path: Path, digest: dict[str, object]) -> None:
 
 
 def _advice(error: Exception) -> str:
+    if advice := getattr(error, "advice", ""):
+        return advice
     text = str(error).lower()
     if "out of memory" in text or "can't allocate memory" in text:
         return "lower batch.micro_size, set model.recompute_activations, or raise parallel.zero_stage"

@@ -3,7 +3,8 @@
 Checkpoint A (step 1) is there, and a damaged one of step 2. A process saves B (step 2), of which retention then keeps
 B alone, and kills itself before its n-th operation, for every n: an operation is an opening for writing, a chunk
 written (half of it, then), an fsync, a rename, an unlink, a mkdir or rmdir. Another process restores from the debris as
-it is, and as a power cut might leave it: what was not synced is lost. OUT/result.json has a row for each.
+it is, and as a power cut might leave it: what was not synced is lost. Then one of two ranks dies in a save.
+OUT/result.json has a row for each operation, and what became of the two ranks.
 """
 
 import json
@@ -164,6 +165,29 @@ def check(out: Path, kill_at: int, engine: Any, mesh: Any) -> None:
     (out / f"row_{kill_at}.json").write_text(json.dumps(row))
 
 
+def save_and_lose_a_rank(out: Path) -> None:
+    """Save A, then B, of which rank 1 dies in the middle of its shard."""
+    mesh = runtime.start_mesh()
+    engine = make_engine(mesh)
+    for step in range(2):
+        take_step(engine, mesh, step)
+        if step == 1 and mesh.rank == 1:
+            Saboteur(4, out / "journal_of_rank_1.json").install()
+        checkpoint.save(out / "lost_rank", engine, mesh, {"step": step + 1})
+
+
+def restore_after_the_loss(out: Path) -> None:
+    """Restore on two ranks, and save again."""
+    mesh = runtime.start_mesh()
+    engine = make_engine(mesh)
+    messages: list[str] = []
+    state = checkpoint.restore(out / "lost_rank", engine, mesh, messages.append)
+    take_step(engine, mesh, 1)
+    checkpoint.save(out / "lost_rank", engine, mesh, {"step": 2})
+    after = checkpoint.newest(out / "lost_rank").manifest["step"]
+    (out / "lost_rank.json").write_text(json.dumps({"step": state and state["step"], "said": messages, "after": after}))
+
+
 def holds(run_dir: Path, step: int, other: Path, other_step: int) -> bool:
     """Compare two checkpoints' tensors bit by bit."""
     readers = [checkpoint.Reader(checkpoint.checkpoint_dir(*place)) for place in ((run_dir, step), (other, other_step))]
@@ -185,4 +209,7 @@ if __name__ == "__main__":
         statuses = run_forked(partial(save_and_die, out, kill_at), 1, out / "log.txt")
     print(kill_at, statuses, (out / "log.0.txt").read_text())
     rows = [json.loads((out / f"row_{number}.json").read_text()) for number in range(1, kill_at + 1)]
-    (out / "result.json").write_text(json.dumps(rows))
+    statuses = run_forked(partial(save_and_lose_a_rank, out), 2, out / "lost_rank.txt")
+    run_forked(partial(restore_after_the_loss, out), 2, out / "after_the_loss.txt")
+    result = {"walk": rows, "lost_rank": {"statuses": statuses, **json.loads((out / "lost_rank.json").read_text())}}
+    (out / "result.json").write_text(json.dumps(result))

@@ -315,10 +315,15 @@ def test_a_save_that_cannot_be_written_fails_on_all_ranks_with_the_reason_and_lo
 
 
 @pytest.fixture(scope="module")
-def kills(run_program, tmp_path_factory):
+def kill_walk(run_program, tmp_path_factory):
     out = tmp_path_factory.mktemp("kills")
     run_program("kill_walk.py", out)
     return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture
+def kills(kill_walk):
+    return kill_walk["walk"]
 
 
 def test_the_walk_kills_at_every_operation_of_a_save_and_of_retention(kills):
@@ -354,3 +359,10 @@ def test_the_next_save_succeeds_on_top_of_any_debris_and_clears_it(kills):
         for state in ("killed", "lost"):
             assert row[state]["after"] == 3
             assert row[state]["left"] == ["latest", "step_00000003"], row["operations"][-1]
+
+
+def test_a_rank_killed_in_its_shard_ends_the_others_save_and_nothing_is_committed(kill_walk):
+    result = kill_walk["lost_rank"]
+    assert result["statuses"] == [1, -9]
+    assert (result["step"], result["after"]) == (1, 2)
+    assert result["said"] == ["skipped step_00000002: the save was interrupted"]

@@ -1,0 +1,170 @@
+"""A process's start and end: the digest of a failure, signals as a flag, and no process that outlives its launcher."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from bigbatch.recipes.core import runtime
+from bigbatch.recipes.core.errors import UserError
+
+
+def digest_of(run_dir: Path, error: BaseException, **phase) -> dict:
+    with pytest.raises(type(error)), runtime.failure_digest(run_dir, phase):
+        raise error
+    return json.loads((run_dir / "failure.json").read_text())
+
+
+def test_a_digest_says_who_where_when_what_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    digest = digest_of(tmp_path, ValueError("seven is too many"), phase="step", step=41)
+    assert time.time() - time.mktime(time.strptime(digest.pop("time")[:19], "%Y-%m-%dT%H:%M:%S")) < 60
+    trace = digest.pop("traceback")
+    assert "raise error" in trace
+    assert trace.rstrip().endswith("ValueError: seven is too many")
+    assert digest == {
+        "rank": 3,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "phase": "step",
+        "step": 41,
+        "exception": "ValueError: seven is too many",
+        "what_to_do": "read the traceback; then start the same command again: it goes on from the last checkpoint",
+    }
+
+
+def test_the_phase_is_that_of_the_moment_of_the_failure(tmp_path):
+    phase = {"phase": "start", "step": None}
+    with pytest.raises(RuntimeError), runtime.failure_digest(tmp_path, phase):
+        phase.update(phase="save", step=7)
+        raise RuntimeError("no")
+    digest = json.loads((tmp_path / "failure.json").read_text())
+    assert (digest["phase"], digest["step"]) == ("save", 7)
+
+
+def test_the_first_failure_stays_and_its_echo_does_not_replace_it(tmp_path):
+    digest_of(tmp_path, ValueError("the cause"))
+    assert digest_of(tmp_path, RuntimeError("connection closed by peer"))["exception"] == "ValueError: the cause"
+
+
+def test_a_users_mistake_and_an_orderly_end_leave_no_digest(tmp_path):
+    for error in (UserError("data.train", "is empty"), SystemExit(75), KeyboardInterrupt()):
+        with pytest.raises(type(error)), runtime.failure_digest(tmp_path, {}):
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB", "lower batch.micro_size"),
+        ("DefaultCPUAllocator: can't allocate memory", "lower batch.micro_size"),
+        ("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1", "another rank ended first"),
+        ("something else", "read the traceback"),
+    ],
+)
+def test_the_advice_fits_the_failure(tmp_path, message, advice):
+    assert advice in digest_of(tmp_path, RuntimeError(message))["what_to_do"]
+
+
+def test_a_signal_sets_the_flag_with_its_name_and_nothing_else():
+    before = {number: signal.getsignal(number) for number in runtime.SAVE_SIGNALS}
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            stop = runtime.StopFlag()
+            stop.install()
+            assert stop.signal_name == ""
+            os.kill(os.getpid(), number)
+            assert stop.signal_name == number.name
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+CHILD = """
+import os, sys, time
+from bigbatch.recipes.core import runtime
+runtime.die_with_parent()
+print("ready", os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import os, subprocess, sys, time
+environment = os.environ | {{"BIGBATCH_PARENT_PID": str(os.getpid())}}
+subprocess.Popen([sys.executable, "-c", {CHILD!r}], env=environment)
+time.sleep(60)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
+def test_a_rank_dies_with_the_launcher_even_when_that_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    child = None
+    try:
+        word, pid = parent.stdout.readline().split()
+        child = int(pid)
+        assert word == "ready"
+        assert is_alive(child)
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 20
+        while is_alive(child) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not is_alive(child)
+    finally:
+        parent.kill()
+        parent.stdout.close()
+        if child and is_alive(child):
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
+def test_a_rank_whose_launcher_was_gone_before_it_asked_ends_at_once():
+    environment = os.environ | {"BIGBATCH_PARENT_PID": str(2**22 + 1)}  # above the kernel's largest process id
+    ended = subprocess.run([sys.executable, "-c", CHILD], env=environment, timeout=60, capture_output=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stdout == b""
+
+
+def test_a_free_port_can_be_listened_on():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", runtime.free_port()))
+        listener.listen()
+
+
+def test_a_process_that_was_told_nothing_is_a_mesh_of_one(tmp_path):
+    code = """
+        import os
+        from bigbatch.recipes.core import runtime
+        mesh = runtime.start_mesh()
+        print(mesh.rank, mesh.world_size, mesh.is_writer, mesh.sum(2.5, 1e15 + 1), mesh.first_text(""), end="|")
+        print(mesh.broadcast_text("größer"), mesh.first_text("why"), flush=True)
+        runtime.leave_mesh(mesh)
+        os._exit(0)
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment["OMP_NUM_THREADS"] = "1"
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        cwd=tmp_path,
+        timeout=120,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.splitlines()[-1] == "0 1 True [2.5, 1000000000000001.0] |größer why"
