@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,10 +230,7 @@ def _read_masters(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all parameters, and which names are shared with which."""
     model = models[0]
-    if stage == 0:
-        shared = _shared_storage(model["module"])
-    else:
-        shared = model["shared_params"]
+    shared = model["shared_params"] if stage else _shared_storage(model["module"])
     states = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
     whole = {
         name: _whole(tensor)
@@ -253,7 +251,7 @@ def _replicated(model: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, 
     """
     optimizer = model["optimizer"]
     fused = "fp32_groups_flat" in optimizer  # all masters of a group in one tensor
-    runs = optimizer["fp32_groups_flat"] if fused else sum(optimizer.get("fp32_groups", []), [])
+    runs = optimizer["fp32_groups_flat"] if fused else chain(*optimizer.get("fp32_groups", []))
     masters: dict[str, Tensor] = {}
     for run in runs:
         flat, offset = run.detach().view(-1), 0

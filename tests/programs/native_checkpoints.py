@@ -1,7 +1,7 @@
 """Train small models with plain DeepSpeed and save as it does: `native_checkpoints.py OUT`.
 
-OUT/<model>_<stage>_<dtype>_<ranks>/ gets DeepSpeed's own checkpoint, and truth.safetensors: the float32 masters as the
-living engine gives them.
+OUT/<model>_<stage>_<dtype>_<ranks>/ gets DeepSpeed's own checkpoint; truth.safetensors, the float32 masters as the
+living engine gives them; and for gpt2 reference.safetensors, what DeepSpeed's own zero_to_fp32 makes of the checkpoint.
 """
 
 import sys
@@ -102,6 +102,8 @@ def train(model: str, stage: int, dtype: str, out: Path) -> None:
     masters = {name: master(parameter, engine) for name, parameter in engine.module.named_parameters()}
     if rank == 0:
         save_file(masters, str(out / "truth.safetensors"))
+        if model == "gpt2":
+            module.config.save_pretrained(out / "like")
 
 
 def pass_for_fused(optimizer: torch.optim.Optimizer) -> None:
@@ -139,6 +141,8 @@ def replicated_masters(wrapper: Any) -> dict[nn.Parameter, torch.Tensor]:
 def main(out: Path) -> int:
     """Run every case in new processes; return 1 if one failed."""
     import_everything()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     failed = []
     for model, stage, dtype, ranks in CASES:
         folder = out / f"{model}_{stage}_{dtype}_{ranks}"
@@ -147,6 +151,9 @@ def main(out: Path) -> int:
         if any(run_forked(partial(train, model, stage, dtype, folder), ranks, log)):
             failed.append(folder.name)
             print(*(path.read_text() for path in out.glob(f"{folder.name}.*.log")), sep="\n")
+        elif model == "gpt2":
+            tensors = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, str(folder / "reference.safetensors"))
     print("failed:", failed)
     return bool(failed)
 
