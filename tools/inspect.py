@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bigbatch.recipes.core.checkpoint import CheckpointDamagedError, Reader, step_of
+from bigbatch.recipes.core.checkpoint import CheckpointDamagedError, Reader, checkpoint_dirs, step_of
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 
 EXIT_DAMAGED = 1
@@ -43,7 +43,7 @@ def verify(run_dir: Path) -> list[dict[str, Any]]:
 def _folders(run_dir: Path) -> list[Path]:
     if not (run_dir / "run.json").exists():
         raise UserError(str(run_dir), "is not a run folder: it has no run.json")
-    return sorted((run_dir / "checkpoints").glob("step_*"))
+    return checkpoint_dirs(run_dir)[::-1]
 
 
 def _describe(folder: Path, verify_shards: bool) -> dict[str, Any]:

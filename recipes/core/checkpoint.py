@@ -20,7 +20,7 @@ from bigbatch.recipes.core.config import RunConfig
 from bigbatch.recipes.core.engine import Engine
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.fragments import Fragment, is_replicated
-from bigbatch.recipes.core.optim import state_keys
+from bigbatch.recipes.core.optim import set_state, state_keys
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.tensor_file import Entry, hash_file, sync_folder, write_json, write_tensors
 
@@ -205,30 +205,24 @@ def load_into(reader: "Reader", engine: Engine) -> None:
     optimizer_state = reader.manifest["optimizer"]
     same_optimizer = optimizer_state["name"] == engine.config.optimizer.name
     steps = optimizer_state["steps"] if same_optimizer else None
-    has_state = same_optimizer and any(kind != MASTER for kind in reader.kinds())
+    has_state = same_optimizer and (steps is not None or any(kind != MASTER for kind in reader.kinds()))
     keys = state_keys(engine.config.optimizer) if has_state else ()
     engine.optimizer.state.clear()
+    states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for fragment in engine.fragments():
         reader.read_into(fragment.name, MASTER, fragment.start, fragment.master)
-        if has_state or steps is not None:
-            _make_state(engine.optimizer, fragment, keys, steps)
-        for key in keys:
-            reader.read_into(fragment.name, key, fragment.start, fragment.state(engine.optimizer, key))
+        if fragment.flat not in states:
+            states[fragment.flat] = {key: torch.zeros_like(fragment.flat.detach()) for key in keys}
+        for key, tensor in states[fragment.flat].items():
+            part = tensor.view(-1)[fragment.offset : fragment.offset + fragment.master.numel()]
+            reader.read_into(fragment.name, key, fragment.start, part)
+    if has_state:
+        for flat, tensors in states.items():
+            set_state(engine.optimizer, flat, tensors, steps)
     for key, value in reader.manifest.get("loss_scaler", {}).items():
         if engine.loss_scaler:
             setattr(engine.loss_scaler, key, value)
     engine.write_back()
-
-
-def _make_state(optimizer: torch.optim.Optimizer, fragment: Fragment, keys: tuple[str, ...], steps: Any) -> None:
-    """Make the optimizer's lazy state for a tensor that has none yet."""
-    state = optimizer.state[fragment.flat]
-    if state:
-        return
-    for key in keys:
-        state[key] = torch.zeros_like(fragment.flat.detach())
-    if steps is not None:
-        state["step"] = torch.tensor(steps, dtype=torch.float32)
 
 
 def _check_shapes(reader: "Reader", module: torch.nn.Module) -> None:

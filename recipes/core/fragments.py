@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from bigbatch.recipes.core import low_bit
 from bigbatch.recipes.core.optim import Segment
 
 
@@ -28,7 +29,9 @@ class Fragment(NamedTuple):
     """Where the piece begins in the flattened `flat`."""
 
     def state(self, optimizer: torch.optim.Optimizer, key: str) -> torch.Tensor:
-        """View this piece of an optimizer state tensor [n]."""
+        """Return this piece of an optimizer state tensor, float32 [n]: a view, but a copy of an 8-bit state."""
+        if low_bit.is_encoded(optimizer):
+            return low_bit.decode(optimizer.state[self.flat], key, self.offset, self.master.numel())
         return optimizer.state[self.flat][key].view(-1)[self.offset : self.offset + self.master.numel()]
 
 

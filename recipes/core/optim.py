@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bigbatch.recipes.core import low_bit
 from bigbatch.recipes.core.config import OptimizerSection
 
 
@@ -37,6 +38,17 @@ def state_keys(section: OptimizerSection) -> tuple[str, ...]:
     if section.name == "sgd":
         return ("momentum_buffer",) if section.momentum else ()
     return _STATE_KEYS[section.name]
+
+
+def set_state(optimizer: Optimizer, flat: torch.Tensor, tensors: dict[str, torch.Tensor], steps: float | None) -> None:
+    """Give one tensor that the optimizer steps on its restored state: float32 tensors of its shape, updates done."""
+    if low_bit.is_encoded(optimizer):
+        low_bit.encode(optimizer, flat, {key: tensor.view(-1) for key, tensor in tensors.items()}, steps or 0)
+        return
+    optimizer.state[flat].update(tensors)
+    if steps is not None:  # torch's fused kernels want it beside the parameter
+        device = flat.device if optimizer.defaults.get("fused") else "cpu"
+        optimizer.state[flat]["step"] = torch.tensor(steps, dtype=torch.float32, device=device)
 
 
 class Adagrad(Optimizer):
@@ -184,6 +196,11 @@ def _build_lamb(section: OptimizerSection, groups: list[dict[str, Any]]) -> Opti
     return Lamb(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon)
 
 
+def _build_adamw_8bit(section: OptimizerSection, groups: list[dict[str, Any]]) -> Optimizer:
+    settings = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}
+    return low_bit.build_adamw_8bit(groups, **settings)
+
+
 _BUILDERS: dict[str, Builder] = {
     "adamw": _build_adamw,
     "adam": _build_adam,
@@ -191,6 +208,7 @@ _BUILDERS: dict[str, Builder] = {
     "adagrad": _build_adagrad,
     "lion": _build_lion,
     "lamb": _build_lamb,
+    "adamw_8bit": _build_adamw_8bit,
 }
 _STATE_KEYS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
@@ -198,4 +216,5 @@ _STATE_KEYS = {
     "adagrad": ("sum",),
     "lion": ("exp_avg",),
     "lamb": ("exp_avg", "exp_avg_sq"),
+    "adamw_8bit": ("exp_avg", "exp_avg_sq"),
 }
