@@ -101,7 +101,8 @@ def attend(
 def _is_short_training_on_cpu(query: torch.Tensor, key: torch.Tensor, dropout: float) -> bool:
     """Tell where batched products beat PyTorch's flash attention, whose bfloat16 backward pass is slow on a CPU.
 
-    Measured (two cores with AMX, 4,096 tokens, 6 heads of 64): forward and backward 9 ms against 33 at length 256.
+    Forward and backward together, 4,096 tokens, 6 heads of 64, processor seconds of one core with AMX: 1.8 times as
+    fast at length 256, 1.2 times at 512, slower at 1,024.
     """
     is_training = torch.is_grad_enabled() and query.requires_grad
     is_short = query.shape[1] == key.shape[1] <= 512
@@ -133,7 +134,7 @@ class _ShortAttention(torch.autograd.Function):
         grad = _by_group(grad_output.view(shape), len(keys) // batch)
         grad_values = torch.bmm(probabilities.mT, grad)
         grad_scores = torch.bmm(grad, values.mT)
-        torch._softmax_backward_data(grad_scores, probabilities, -1, grad.dtype, grad_input=grad_scores)
+        torch.ops.aten._softmax_backward_data.out(grad_scores, probabilities, -1, grad.dtype, grad_input=grad_scores)
         empty = grad.new_empty(())
         grad_queries = torch.baddbmm(empty, grad_scores, keys, beta=0, alpha=size**-0.5)
         grad_keys = torch.baddbmm(empty, grad_scores.mT, queries, beta=0, alpha=size**-0.5)
@@ -166,13 +167,13 @@ def gelu(hidden: torch.Tensor) -> torch.Tensor:
 
 
 class _CpuGelu(torch.autograd.Function):
-    """GELU that makes its derivative along the way: PyTorch's backward is four times slower in bfloat16 on a CPU.
+    """GELU that makes its derivative along the way, a quarter faster than PyTorch's in bfloat16 on a CPU.
 
     With u = 2 sqrt(2 / pi) (x + 0.044715 x^3) and s = sigmoid(u): y = x s, and dy/dx = s + (1 - s) (x s u').
     Computed in float32, a block at a time so that it stays in a core's cache.
     """
 
-    BLOCK_ELEMENTS = 2**18
+    BLOCK_ELEMENTS = 2**17
 
     @staticmethod
     def forward(ctx, hidden):

@@ -9,7 +9,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 2**28
-"""A chunk's logits take at most this much: fewer chunks are faster, more take less memory."""
+"""A chunk's logits take at most this much: fewer chunks mean less adding up of weight gradients."""
+CPU_CHUNK_ROWS = 1024
+"""On a CPU a chunk has at most this many rows: the weight gradient's product is slower over more."""
 BLOCK_ELEMENTS = 2**18
 """On a CPU the softmax walks over a chunk in blocks of this many float32 numbers, which stay in a core's cache."""
 
@@ -31,8 +33,7 @@ def chunked_cross_entropy(
     float16 does not underflow; the weight's are added up in float32.
     """
     if chunk_rows is None:
-        num_chunks = max(1, math.ceil(len(hidden) * weight.shape[0] * weight.element_size() / CHUNK_BYTES))
-        chunk_rows = max(1, math.ceil(len(hidden) / num_chunks))
+        chunk_rows = _default_chunk_rows(len(hidden), weight)
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, ignore, chunk_rows, num_classes)
 
 
@@ -50,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if num_classes is not None:
                 logits[:, num_classes:] = -math.inf
             loss += _loss_and_gradient(logits, labels[start : start + chunk_rows], ignore)
-            if wants_hidden:
+            if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[start : start + chunk_rows])
             if wants_weight:
                 product = _weight_gradient(logits, chunk)
@@ -70,6 +71,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for kept in ctx.saved_tensors
         )
         return *scaled, None, None, None, None
+
+
+def _default_chunk_rows(num_rows: int, weight: torch.Tensor) -> int:
+    """Return the rows of a chunk, all chunks about equally large."""
+    most = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+    if not weight.is_cuda:
+        most = min(most, CPU_CHUNK_ROWS)
+    num_chunks = max(1, math.ceil(num_rows / most))
+    return max(1, math.ceil(num_rows / num_chunks))
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -229,7 +229,7 @@ class KeyValueCache:
     """
 
     def __init__(self, model: Decoder, num_rows: int, max_length: int, padding: torch.Tensor | None = None) -> None:
-        section, weight = model.section, model.head.norm.weight
+        section, weight = model.section, model.head.weight
         shape = (section.num_layers, 2, num_rows, section.key_value_heads, max_length, section.head_size)
         self.states = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [layers, 2, B, K, S, E]
         self.padding = padding if padding is not None and bool(padding.any()) else None
