@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -115,14 +116,15 @@ def compare(folder: Path, reader: Reader, recipe: Any, config: Any, tokens: np.n
     with torch.device("meta"):
         ours = recipe.build_model(config, reader.manifest["facts"], initialize=False).eval()
     read_lazily(ours, lambda name: reader.read(name).to(dtype).float())
-    largest, difference = 0.0, 0.0
+    logits, differences = [], []
     with torch.inference_mode():
         for row in torch.from_numpy(tokens):
             expected = theirs(input_ids=row.unsqueeze(0), use_cache=False).logits
             found = ours(row.unsqueeze(0))
-            largest = max(largest, float(expected.abs().max()))
-            difference = max(difference, float((expected - found).abs().max()))
-    return Parity(difference, largest, tokens.size)
+            logits.append(expected.abs().max())
+            differences.append((expected - found).abs().max())
+    # torch's maximum of numbers one of which is not a number is not a number; Python's may be any.
+    return Parity(float(torch.stack(differences).max()), float(torch.stack(logits).max()), tokens.size)
 
 
 def _transformers_model(folder: Path) -> torch.nn.Module:
@@ -252,8 +254,8 @@ differ from those of the model that was trained by at most {parity.largest_diffe
 
 def parse_bytes(text: str) -> int:
     """Read a size such as 4G, 512M or 1000000."""
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-    if unit not in units or not number.replace(".", "", 1).isdigit():
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]?)", text.upper())
+    num_bytes = int(float(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else 0
+    if not num_bytes:
         raise UserError("--max-ram", f"found {text!r}; right is a size such as 4G or 512M")
-    return int(float(number) * units[unit])
+    return num_bytes
