@@ -54,6 +54,7 @@ def no_trace(out):
 def test_transformers_own_model_gives_the_trained_models_logits(runs, run, dtype, tmp_path):
     parity = convert(runs / run, tmp_path / "out", dtype)
     assert parity.largest_difference < 1e-4 < 1 < parity.largest_logit
+    assert parity.largest_difference < parity.bound / 3
     theirs, notes = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True
     )
@@ -189,10 +190,12 @@ def test_two_tensors_that_change_places_are_found_by_the_logits(runs, swap, tmp_
     assert cli.main(["convert", str(runs / run), str(tmp_path / "out")]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert re.fullmatch(
-        r"error: .*/out: not written: logits differ from transformers' own by \S+, at most 0.0001 would be right\n",
+    told = re.fullmatch(
+        r"error: .*/out: not written: logits differ from transformers' own by (\S+), at most (\S+) would be right\n",
         shown.err,
     )
+    assert told
+    assert float(told[1]) > 10 * float(told[2])  # the bound is not near
     assert no_trace(tmp_path / "out")
 
 
@@ -291,7 +294,6 @@ def test_memory_stays_far_below_the_model(large_run, tmp_path):
     assert status == 0
     assert (tmp_path / "out/model.safetensors").stat().st_size > 400e6
     # The largest layer has 17 MB: 72 MB to write it, and a few copies while the two models are compared.
-    print(used_bytes)
     assert used_bytes < 150e6, f"{used_bytes / 1e6:.0f} MB"
 
 
