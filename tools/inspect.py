@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
-        _print_table(rows)
+        _print_table(rows, "whole" if arguments.action == "verify" else "committed")
     return EXIT_DAMAGED if arguments.action == "verify" and any(row["problem"] for row in rows) else EXIT_DONE
 
 
@@ -52,7 +52,7 @@ def _describe(folder: Path, verify_shards: bool) -> dict[str, Any]:
         reader = Reader(folder)
         if verify_shards:
             reader.verify()
-    except CheckpointDamagedError as error:
+    except (CheckpointDamagedError, OSError) as error:
         return row | {"problem": str(error)}
     manifest = reader.manifest
     age_seconds = time.time() - (folder / "manifest.json").stat().st_mtime
@@ -67,7 +67,7 @@ def _describe(folder: Path, verify_shards: bool) -> dict[str, Any]:
     }
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: list[dict[str, Any]], sound: str) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("checkpoint", "size", "ranks", "ZeRO", "samples seen", "age", "state"):
         table.add_column(title, justify="left" if title in ("checkpoint", "state") else "right")
@@ -80,9 +80,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['bytes'] / 1e6:,.1f} MB",
             str(row["ranks"]),
             str(row["zero_stage"]),
-            f"{row['consumed_samples']:,}",
+            "" if row["consumed_samples"] is None else f"{row['consumed_samples']:,}",
             _age(row["age_seconds"]),
-            row["problem"] or "whole",
+            sound,
         )
     Console().print(table if rows else "no checkpoints")
 

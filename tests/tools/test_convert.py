@@ -27,14 +27,6 @@ RUNS = ("gpt2_tied", "gpt2_untied", "llama_tied", "llama_grouped_untied")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@pytest.fixture(scope="module")
-def runs(run_program, tmp_path_factory):
-    """Train the runs of convert_cases.py; return the folder that holds them."""
-    out = tmp_path_factory.mktemp("convert")
-    run_program("convert_cases.py", out)
-    return out
-
-
 def native(run_dir, dtype=torch.float32):
     """Load the run's model from its checkpoint, weights rounded to `dtype`, and its facts."""
     config = GptConfig.model_validate_json((run_dir / "run.json").read_text())
