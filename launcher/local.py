@@ -133,6 +133,8 @@ def _environment(ranks: int) -> dict[str, str]:
     if not count_gpus():
         # Gloo otherwise asks the host name for an interface, and waits where that name does not resolve.
         defaults |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+        # glibc: keep freed memory instead of giving it back and faulting it in again at each step; 15 % of a step here.
+        defaults |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     fixed = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
