@@ -138,6 +138,25 @@ def evaluate(run_dir: Path) -> int:
     return run_ranks(worker_command("evaluate", run_dir), 1, run_dir)
 
 
+def bench(what: str, bench_run: str, overrides: list[str], rounds: int, steps: int, as_json: bool) -> int:
+    """Measure training against other trainers on this machine, in turns, on the same model and data."""
+    from bigbatch.launcher.local import run_ranks, worker_command
+    from bigbatch.launcher.run_dir import RunDir, write
+    from bigbatch.recipes.core.engine_config import complete
+
+    _need_train_extra()
+    resolved = _resolve(bench_run, overrides)
+    _refuse_errors(resolved, 1)
+    with tempfile.TemporaryDirectory(prefix="bigbatch-bench-") as folder:
+        run_dir = Path(folder)
+        deepspeed = complete(resolved.config, resolved.deepspeed, 1)
+        write(RunDir(run_dir), resolved.document, deepspeed, resolved.content_id)
+        status = run_ranks(worker_command("prepare", run_dir), 1, run_dir)
+        if status != EXIT_DONE:
+            return status
+        return importlib.import_module("bigbatch.tools.bench").bench_train(run_dir, rounds, steps, as_json)
+
+
 class Verb(NamedTuple):
     """A verb of our own: its function takes what the flags give, by name."""
 
@@ -153,6 +172,7 @@ VERBS = {
     "prepare": Verb(prepare, ("run", "--set")),
     "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--resume")),
     "evaluate": Verb(evaluate, ("run_dir",)),
+    "bench": Verb(bench, ("what", "bench_run", "--set", "--rounds", "--steps", "--json")),
 }
 
 # verb -> (module whose main(arguments) owns the flags, summary)
@@ -162,7 +182,6 @@ TOOLS = {
     "convert": ("convert", "Turn a run's checkpoint into a Hugging Face folder, compared before it counts as done."),
     "import-deepspeed": ("import_deepspeed", "Turn a checkpoint of DeepSpeed's own into a safetensors folder."),
     "report": ("report", "Write one HTML page about one run or several."),
-    "bench": ("bench", "Measure training against other trainers on this machine."),
     "doctor": ("doctor", "Say which fused parts are in use on this machine, and why not the others."),
 }
 
@@ -177,6 +196,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN | RUN_DIR", "help": "name or path of a run document, or a run folder"},
     "run_dir": {"metavar": "RUN_DIR", "type": Path, "help": "folder of a run"},
     "--ranks": {"type": _positive, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
+    "what": {"choices": ("train",), "help": "what to measure"},
+    "bench_run": {"metavar": "RUN", "nargs": "?", "default": "gpt/bench", "help": "default: gpt/bench"},
+    "--rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns of each trainer (default 5)"},
+    "--steps": {"type": _positive, "metavar": "N", "default": 4, "help": "steps a turn (default 4)"},
     "--run-dir": {"type": Path, "metavar": "D", "help": "folder of the run (default: a new one under runs/)"},
     "--set": {
         "action": "append",
