@@ -4,6 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,12 +105,12 @@ class Engine:
             # DeepSpeed averages over data ranks; multiplied back, the gradient is that of sum / num_targets.
             # At stage 0 it divides by the loss scale but leaves it to us to multiply.
             factor = scale if is_replicated(engine) else 1.0
-            engine.backward(result.sum * (factor * self.mesh.data_ranks / num_targets), scale_wrt_gas=False)
+            engine.backward(result.sum * (factor * self.mesh.data_ranks / max(1, num_targets)), scale_wrt_gas=False)
             loss_sum += result.sum.detach().double()
             engine.step()
         (total,) = self.mesh.sum(float(loss_sum))
         norm = self._grad_norm()
-        loss_mean = total / num_targets
+        loss_mean = total / max(1, num_targets)
         skipped = not (math.isfinite(norm) and math.isfinite(loss_mean))
         return StepResult(loss_mean, num_targets, norm, rate, scale, skipped)
 
@@ -135,6 +136,16 @@ class Engine:
                 parameter.grad = None  # the update passes over it
         elif self.config.optimizer.gradient_clipping:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.gradient_clipping, norm)
+
+
+def partitioned_building(document: dict[str, Any]) -> AbstractContextManager[None]:
+    """Within it, at stage 3, each layer's weights are divided over the ranks as soon as they are drawn.
+
+    So no rank ever holds the whole model. Collective: every rank must build the same model in it.
+    """
+    if document["zero_optimization"]["stage"] < 3:
+        return nullcontext()
+    return import_deepspeed().zero.Init(config_dict_or_path=document)
 
 
 def to_device(batch: dict[str, np.ndarray], device: torch.device) -> Batch:

@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw the weights."""
-        nn.init.normal_(self.weight, std=self.standard_deviation)
+        draw(self.weight, self.standard_deviation)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -35,7 +35,13 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Draw the vectors."""
-        nn.init.normal_(self.weight, std=self.standard_deviation)
+        draw(self.weight, self.standard_deviation)
+
+
+def draw(weight: torch.Tensor, standard_deviation: float) -> None:
+    """Draw normal numbers in float32: the same ones whatever dtype and device the weight has under ZeRO-3."""
+    with torch.no_grad():
+        weight.copy_(torch.normal(0.0, standard_deviation, weight.shape))
 
 
 class RMSNorm(nn.Module):

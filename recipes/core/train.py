@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.batch import global_size_at, plan_batch
 from bigbatch.recipes.core.config import RunConfig
 from bigbatch.recipes.core.data.sampler import chain_hash, rank_slice, sample_order
-from bigbatch.recipes.core.engine import Engine, StepResult, to_device
+from bigbatch.recipes.core.engine import Engine, StepResult, partitioned_building, to_device
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.recipe import DataSplits, Samples
@@ -72,8 +73,7 @@ def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, Any]) -> int:
     phase["phase"] = "data"
     data = run.recipe.open_data(run.config)
     phase["phase"] = "model"
-    torch.manual_seed(run.config.seed)
-    engine = Engine(run.recipe.build_model(run.config, data.facts), run.config, run.deepspeed, mesh)
+    engine = Engine(_build_model(run, data), run.config, run.deepspeed, mesh)
     phase["phase"] = "restore"
     state = _restore(run, engine, mesh, data)
     reporter = _reporter(run, mesh, data, state.step, time.monotonic() - started)
@@ -85,6 +85,14 @@ def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, Any]) -> int:
     finally:
         reporter.close()
     return EXIT_REQUEUE if stopped else EXIT_DONE
+
+
+def _build_model(run: Run, data: DataSplits) -> nn.Module:
+    """Build the model with its first weights; one that starts from a file is held whole while it is read."""
+    torch.manual_seed(run.config.seed)
+    reads_a_file = getattr(getattr(run.config, "model", None), "initialize_from", None)
+    with nullcontext() if reads_a_file else partitioned_building(run.deepspeed):
+        return run.recipe.build_model(run.config, data.facts)
 
 
 def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[str, Any]) -> bool:
