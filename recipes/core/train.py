@@ -146,7 +146,7 @@ def evaluate(
     model.train(was_training)
     total, count = mesh.sum(loss_sum, num_targets)
     loss = total / count
-    return {"loss": loss, **run.recipe.metrics(loss), "num_targets": count}
+    return {"loss": loss, **run.recipe.metrics(loss), "num_targets": int(count)}
 
 
 def _evaluation_batches(
@@ -212,6 +212,7 @@ def _evaluate_and_sample(session: Session, samples: Samples, step: int) -> None:
     run, mesh, data, engine, reporter = session
     begin = time.monotonic()
     figures = evaluate(run, engine.deepspeed, samples, mesh, run.config.evaluate.max_samples)
+    del figures["num_targets"]  # the same each time
     reporter.evaluation(step, figures, time.monotonic() - begin)
     begin = time.monotonic()
     texts = run.recipe.samples_of_text(run.config, engine.module, data.facts)
