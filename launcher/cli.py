@@ -1,19 +1,30 @@
 """The command line: a table from verb to typed function. What is heavy is imported inside the verb that needs it."""
 
 import argparse
+import contextlib
 import difflib
+import errno
 import importlib
 import importlib.util
 import json
 import os
+import shlex
+import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from bigbatch.recipes.core.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    UserError,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from bigbatch.launcher.resolve import Resolved
@@ -22,6 +33,20 @@ if TYPE_CHECKING:
 EPILOG = """RUN is a name that `bigbatch recipes` lists (gpt/quick) or the path of a run document. Progress goes to
 standard error, results to standard output. Exit status: 0 done; 2 a mistake in what was asked, told in one line;
 75 stopped and saved, the same command goes on; 1 anything else."""
+
+# Of the file system: the name that was given, or the place, is what has to change.
+USERS_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+ENDING_PREPARE = "ending; what is prepared stays"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,11 +68,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("BIGBATCH_DEBUG") == "1":
             raise
+        if isinstance(error, OSError) and error.errno in USERS_ERRORS:
+            _say(f"error: {UserError(str(error.filename or ''), error.strerror)}")
+            return EXIT_USER_ERROR
+        what = one_line(str(error)) or "no reason given"
+        _say(f"error: {type(error).__name__}: {what} (traceback: {_keep_traceback()})")
+        return EXIT_FAILED
+
+
+def _keep_traceback() -> str:
+    """Write the traceback of the error at hand to a file; return its name."""
+    try:
         with tempfile.NamedTemporaryFile("w", prefix="bigbatch-failure-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)
-        what = " ".join(str(error).split()) or "no reason given"
-        _say(f"error: {type(error).__name__}: {what} (traceback: {file.name})")
-        return 1
+        return file.name
+    except OSError:
+        return "BIGBATCH_DEBUG=1 shows it"
 
 
 def quickstart() -> int:
@@ -99,14 +135,17 @@ def prepare(run: str, overrides: list[str]) -> int:
 
     _need_train_extra()
     resolved = _resolve(run, overrides)
-    with tempfile.TemporaryDirectory(prefix="bigbatch-prepare-") as folder:
-        write(RunDir(Path(folder)), resolved.document, resolved.deepspeed, resolved.content_id)
-        return run_ranks(worker_command("prepare", Path(folder)), 1, Path(folder))
+    with _passing_folder("prepare") as folder:
+        write(RunDir(folder), resolved.document, resolved.deepspeed, resolved.content_id)
+        status = run_ranks(worker_command("prepare", folder), 1, folder, answer=ENDING_PREPARE)
+    if status == EXIT_REQUEUE:
+        _say("stopped; the same command goes on where it was")
+    return status
 
 
 def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str], resume: "Resume") -> int:
     """Train to the end, or go on where a run stopped; data are prepared first."""
-    from bigbatch.launcher.local import default_ranks, run_ranks, worker_command
+    from bigbatch.launcher.local import StopSignals, default_ranks, run_ranks, worker_command
     from bigbatch.launcher.run_dir import choose, hold
     from bigbatch.recipes.core.engine_config import complete
 
@@ -116,14 +155,15 @@ def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str
     _refuse_errors(resolved, ranks)
     deepspeed = complete(resolved.config, resolved.deepspeed, ranks)
     folder = choose(run, run_dir)
-    with hold(folder):
+    with hold(folder), StopSignals() as signals:
         _set_up(folder, resolved, deepspeed, resume)
         _say(f"run folder {folder.path}, content id {resolved.content_id}, {ranks} rank{'s' if ranks > 1 else ''}")
-        status = run_ranks(worker_command("prepare", folder.path), 1, folder.path)
+        command = worker_command("prepare", folder.path)
+        status = run_ranks(command, 1, folder.path, signals=signals, answer=ENDING_PREPARE)
         if status == EXIT_DONE:
-            status = run_ranks(worker_command("train", folder.path), ranks, folder.path)
+            status = run_ranks(worker_command("train", folder.path), ranks, folder.path, signals=signals)
     if status == EXIT_REQUEUE:
-        _say(f"stopped; to go on: bigbatch train {folder.path} --ranks {ranks}")
+        _say(f"stopped; to go on: bigbatch train {shlex.quote(str(folder.path))} --ranks {ranks}")
     return status
 
 
@@ -135,7 +175,7 @@ def evaluate(run_dir: Path) -> int:
     _need_train_extra()
     if not RunDir(run_dir).exists():
         raise UserError(str(run_dir), "is no run folder: it has no run.json")
-    return run_ranks(worker_command("evaluate", run_dir), 1, run_dir)
+    return run_ranks(worker_command("evaluate", run_dir), 1, run_dir, answer="ending")
 
 
 def bench(what: str, bench_run: str, overrides: list[str], rounds: int, steps: int, as_json: bool) -> int:
@@ -147,14 +187,24 @@ def bench(what: str, bench_run: str, overrides: list[str], rounds: int, steps: i
     _need_train_extra()
     resolved = _resolve(bench_run, overrides)
     _refuse_errors(resolved, 1)
-    with tempfile.TemporaryDirectory(prefix="bigbatch-bench-") as folder:
-        run_dir = Path(folder)
+    with _passing_folder("bench") as run_dir:
         deepspeed = complete(resolved.config, resolved.deepspeed, 1)
         write(RunDir(run_dir), resolved.document, deepspeed, resolved.content_id)
-        status = run_ranks(worker_command("prepare", run_dir), 1, run_dir)
+        status = run_ranks(worker_command("prepare", run_dir), 1, run_dir, answer=ENDING_PREPARE)
         if status != EXIT_DONE:
             return status
         return importlib.import_module("bigbatch.tools.bench").bench_train(run_dir, rounds, steps, as_json)
+
+
+@contextlib.contextmanager
+def _passing_folder(verb: str) -> Iterator[Path]:
+    """Give a run folder for the time of a verb; it stays where a failure has left its digest in it."""
+    folder = Path(tempfile.mkdtemp(prefix=f"bigbatch-{verb}-"))
+    try:
+        yield folder
+    finally:
+        if not (folder / "failure.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Verb(NamedTuple):

@@ -30,7 +30,7 @@ def find_document(name: str, beside: Path, folder: str = "") -> Path:
         return path
     versions = {path: number for path, number in _versions(folder) if name in _names_of(path, folder)}
     if not versions:
-        raise UserError(name, f"no document of this name; {meant(name, document_names(folder))}")
+        raise UserError(name or "RUN", f"no document of this name; {meant(name, document_names(folder))}")
     return max(versions, key=versions.__getitem__)
 
 

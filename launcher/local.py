@@ -30,16 +30,29 @@ class Rank(NamedTuple):
     """None: the rank writes to this terminal, and to its own log file."""
 
 
-def run_ranks(command: Sequence[str], ranks: int, run_dir: Path, *, grace_seconds: float = GRACE_SECONDS) -> int:
+def run_ranks(
+    command: Sequence[str],
+    ranks: int,
+    run_dir: Path,
+    *,
+    signals: "StopSignals | None" = None,
+    answer: str = "saving after the current step",
+    grace_seconds: float = GRACE_SECONDS,
+) -> int:
     """Run `ranks` copies of the command to their common end and return the exit status for all.
 
     Rank 0 has this terminal; the others write to log/rankN.txt. A failure ends all, and is told in failure.json.
+    `signals` are those of a caller that runs several commands: after one that asks to stop, none starts. `answer` tells
+    the user what a signal brings about.
     """
+    if signals is None:
+        with StopSignals() as own:
+            return run_ranks(command, ranks, run_dir, signals=own, answer=answer, grace_seconds=grace_seconds)
     (run_dir / "log").mkdir(parents=True, exist_ok=True)
     failure_file = run_dir / "failure.json"
     failure_file.unlink(missing_ok=True)
-    with _Signals() as signals, _started(command, ranks, run_dir, signals) as started:
-        failed = _wait(started, signals, grace_seconds)
+    with _started(command, ranks, run_dir, signals) as started:
+        failed = _wait(started, signals, answer, grace_seconds)
     if signals.kill:
         print("stopped without saving; what was saved before stays", file=sys.stderr, flush=True)
     elif failed is not None and failed.process.returncode == EXIT_USER_ERROR:
@@ -73,14 +86,14 @@ def worker_command(action: str, run_dir: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "bigbatch.recipes.core.worker", action, str(run_dir)]
 
 
-class _Signals:
+class StopSignals:
     """Handlers for the time of a run: what came goes on to the ranks once; a second Ctrl-C ends them at once."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self.kill = False
 
-    def __enter__(self) -> "_Signals":
+    def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._handle) for number in FORWARDED}
         return self
 
@@ -96,7 +109,7 @@ class _Signals:
 
 
 @contextlib.contextmanager
-def _started(command: Sequence[str], ranks: int, run_dir: Path, signals: _Signals) -> Iterator[list[Rank]]:
+def _started(command: Sequence[str], ranks: int, run_dir: Path, signals: StopSignals) -> Iterator[list[Rank]]:
     """Start the ranks; whatever happens, none outlives the context."""
     environment = _environment(ranks)
     started: list[Rank] = []
@@ -153,20 +166,26 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait(started: list[Rank], signals: _Signals, grace_seconds: float) -> Rank | None:
+def _wait(started: list[Rank], signals: StopSignals, answer: str, grace_seconds: float) -> Rank | None:
     """Wait until all ranks have ended; return the first that failed."""
     forwarded = 0
     failed: Rank | None = None
     kill_time = float("inf")
     while any(rank.process.poll() is None for rank in started):
         for number in signals.received[forwarded:]:
-            _tell_signal(number)
+            _tell_signal(number, answer)
             _signal_all(started, number)
             forwarded += 1
         if failed is None and (failed := _first_failed(started, signals.received)):
             _signal_all(started, signal.SIGTERM)
             kill_time = time.monotonic() + grace_seconds
-        if signals.kill or time.monotonic() > kill_time:
+        elif forwarded and kill_time == float("inf") and any(rank.process.poll() is not None for rank in started):
+            # Ranks save and leave together; for one that ended before it had joined them, the others wait in vain.
+            kill_time = time.monotonic() + grace_seconds
+        if time.monotonic() > kill_time:
+            signals.kill |= failed is None
+            _signal_all(started, signal.SIGKILL)
+        elif signals.kill:
             _signal_all(started, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     return failed or _first_failed(started, signals.received)
@@ -207,10 +226,10 @@ def _signal(rank: Rank, number: int) -> None:
         os.killpg(rank.process.pid, number) if number == signal.SIGKILL else rank.process.send_signal(number)
 
 
-def _tell_signal(number: int) -> None:
+def _tell_signal(number: int, answer: str) -> None:
     name = signal.Signals(number).name
-    again = "; Ctrl-C again stops without saving" if number == signal.SIGINT else ""
-    print(f"\n{name}: saving after the current step{again}", file=sys.stderr, flush=True)
+    again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+    print(f"\n{name}: {answer}{again}", file=sys.stderr, flush=True)
 
 
 def _tell_user_error(first: Rank, failed: Rank) -> None:

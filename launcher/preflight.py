@@ -14,7 +14,7 @@ from bigbatch.launcher.problems import InvalidDocumentError, Problem
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.batch import check_batch
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
-from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.errors import UserError, one_line
 from bigbatch.recipes.core.models.config import DecoderSection
 
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -78,7 +78,7 @@ def to_json(findings: Sequence[Finding]) -> str:
 
 
 def _document_finding(problem: Problem) -> Finding:
-    return Finding("document", "error", problem.where, problem.message)
+    return Finding("document", "error", one_line(problem.where), one_line(problem.message))
 
 
 def _batch(config: RunConfig, ranks: int) -> Iterator[Finding]:

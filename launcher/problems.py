@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.errors import UserError, one_line
 
 
 class Problem(NamedTuple):
@@ -23,7 +23,7 @@ class InvalidDocumentError(UserError):
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
-        return "\n".join(" ".join(f"{where}: {message}".splitlines()) for where, message in self.problems)
+        return "\n".join(one_line(f"{where}: {message}") for where, message in self.problems)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -40,5 +40,5 @@ def meant(name: str, known: Iterable[str]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as it stands in the file, cut to a line."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = one_line(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from bigbatch.launcher.deepspeed_keys import check_deepspeed
 from bigbatch.launcher.documents import DEEPSPEED_FOLDER, find_document, finite, fix_deepspeed_path, load_run, read_json
 from bigbatch.launcher.explain import explain, unknown_path
-from bigbatch.launcher.problems import InvalidDocumentError, Problem
+from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
 from bigbatch.launcher.rules import broken_rules
 from bigbatch.recipes.core.config import RunConfig
 from bigbatch.recipes.core.errors import UserError
@@ -23,6 +24,9 @@ OUTSIDE_CONTENT_ID = ("about", "checkpoint", "deepspeed", "evaluate", "report")
 
 
 Kind = Literal["harmless", "changes_optimization", "impossible"]
+
+# Half of a character written in two, and what Python makes of bytes that are not UTF-8.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # The longest path that a changed one begins with decides; a path not here is harmless.
 _KINDS: dict[str, Kind] = {
@@ -114,6 +118,9 @@ def _finish(config_class: type[RunConfig], document: dict[str, Any]) -> Resolved
 
 
 def _validate(config_class: type[RunConfig], document: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
+    for path, value in _leaves(document, ""):
+        if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+            return None, [Problem(path, f"found {shown(value)}, which is not Unicode: half a character, or bytes")]
     try:
         # From JSON, so that a list may become a tuple although types are strict.
         return config_class.model_validate_json(json.dumps(document)), []

@@ -19,8 +19,14 @@ def _schedule_fits(config: RunConfig) -> Iterator[Problem]:
         steps = getattr(schedule, name)
         if steps is not None and steps > schedule.total_steps:
             yield Problem(f"schedule.{name}", f"found {steps}; right is total_steps ({schedule.total_steps}) or less")
-    if schedule.name == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > schedule.total_steps:
-        yield Problem("schedule.decay_steps", f"found {schedule.decay_steps}; with warmup_steps it exceeds total_steps")
+    if schedule.name != "wsd" or schedule.warmup_steps > schedule.total_steps:
+        return
+    room = schedule.total_steps - schedule.warmup_steps
+    if schedule.decay_steps is None and room < 1:  # the default shrinks to what the warm-up leaves, at least a step
+        found = schedule.warmup_steps
+        yield Problem("schedule.warmup_steps", f"found {found}; wsd decays for a step at least: {found - 1} is right")
+    elif schedule.decay_steps is not None and room < schedule.decay_steps <= schedule.total_steps:
+        yield Problem("schedule.decay_steps", f"found {schedule.decay_steps}; the warm-up leaves {room} steps")
 
 
 def _ramp_ascends(config: RunConfig) -> Iterator[Problem]:

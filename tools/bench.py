@@ -15,8 +15,8 @@ from rich.table import Table
 
 from bigbatch.recipes.core import runtime, train
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
+from bigbatch.recipes.core.parts import load_run
 from bigbatch.recipes.core.report import UTILIZATION_FORMULA, measured_peak_flops
-from bigbatch.recipes.core.worker import load_run
 
 
 class Contestant(Protocol):

@@ -12,4 +12,10 @@ class UserError(Exception):
     def __init__(self, where: str, message: str) -> None:
         self.where = where
         self.message = message
-        super().__init__(f"{where}: {message}" if where else message)
+        super().__init__(one_line(f"{where}: {message}" if where else message))
+
+
+def one_line(text: str) -> str:
+    """Return a text without line ends, and with characters that would steer a terminal as their escapes."""
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -1,18 +1,14 @@
-"""A process's start and end: rank facts, device, log file, signals as one flag, and a digest when it fails."""
+"""A process's start and end: rank facts, device, process group, and a digest when it fails."""
 
-import ctypes
 import faulthandler
 import json
 import os
-import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed
@@ -20,28 +16,11 @@ import torch.distributed
 from bigbatch.recipes.core.engine import import_deepspeed
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.parallel import Mesh
-
-SAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class StopFlag:
-    """Remembers that a signal asked to save and end; the loop looks at it between steps."""
-
-    def __init__(self) -> None:
-        self.signal_name = ""
-
-    def install(self) -> None:
-        """Catch the signals that ask to save."""
-        for number in SAVE_SIGNALS:
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
+from bigbatch.recipes.core.process import StopFlag  # noqa: F401 - train.py finds it here
 
 
 def start_mesh() -> Mesh:
     """Join the process group that the environment describes; alone when it describes none. Collective."""
-    die_with_parent()
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
@@ -69,17 +48,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def die_with_parent() -> None:
-    """Have the kernel end this process when the launcher that started it is gone (Linux)."""
-    parent = os.environ.get("BIGBATCH_PARENT_PID")
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    set_parent_death_signal = 1  # prctl(2), PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != int(parent):
-        raise SystemExit(1)  # it was gone before we asked
 
 
 @contextmanager

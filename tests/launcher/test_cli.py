@@ -1,13 +1,16 @@
 """The command line: light to start, one line a mistake, the right exit status."""
 
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from bigbatch.launcher import cli, quickstart
+from bigbatch.launcher import resolve as resolve_module
 from bigbatch.launcher.resolve import resolve
 from bigbatch.launcher.run_dir import RunDir, hold, write
 from bigbatch.recipes.core.engine_config import complete
@@ -76,6 +79,9 @@ def test_every_verb_explains_itself(verb, capsys):
         (["train", "gpt/quick", "--ranks", "two"], "error: bigbatch train: argument --ranks: found 'two'; right is"),
         (["train", "gpt/quick", "--resume", "yes"], "error: bigbatch train: argument --resume: invalid choice: 'yes'"),
         (["evaluate", "/nowhere"], "error: /nowhere: is no run folder"),
+        (["evaluate", "a" * 300], f"error: {'a' * 300}/run.json: File name too long"),
+        (["train", "two\nlines\x1b[31m"], r"error: two lines\x1b[31m: no document of this name"),
+        (["train", ""], "error: RUN: no document of this name"),
         (["show", "gpt/quik"], "error: gpt/quik: no document of this name; did you mean 'gpt/quick'?"),
         (["show", "gpt/quick", "--set", "modle.num_layers=2"], "error: --set modle.num_layers: unknown key"),
         (["train", "gpt/quick", "--ranks", "3"], "error: batch.global_size: "),
@@ -110,6 +116,22 @@ def test_an_unexpected_exception_is_one_line_and_a_file_with_the_traceback(capsy
     monkeypatch.setenv("BIGBATCH_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         cli.main(["quickstart"])
+
+
+def test_a_full_disk_is_no_reason_for_a_traceback(capsys, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*_, **__):
+        raise full
+
+    monkeypatch.setattr(resolve_module, "resolve", fail)
+    assert error_lines(capsys, "show", "gpt/quick") == ["error: No space left on device"]
+    monkeypatch.setattr(resolve_module, "resolve", lambda *_: 1 / 0)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", fail)
+    assert cli.main(["show", "gpt/quick"]) == 1
+    assert capsys.readouterr().err == (
+        "error: ZeroDivisionError: division by zero (traceback: BIGBATCH_DEBUG=1 shows it)\n"
+    )
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

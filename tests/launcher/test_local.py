@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bigbatch.launcher.local import run_ranks
+from bigbatch.launcher.local import StopSignals, run_ranks
 from bigbatch.recipes.core.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 
 
@@ -239,6 +239,31 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_listen(tmp_path, pids):
     assert process.returncode == 1
     assert error.endswith("stopped without saving; what was saved before stays\n")
     assert not (tmp_path / "failure.json").exists()
+    assert not any(map(is_alive, numbers))
+
+
+def test_a_signal_during_one_command_keeps_the_next_from_starting(tmp_path):
+    ends_well = f"os.kill(int(os.environ['BIGBATCH_PARENT_PID']), {int(signal.SIGINT)}); time.sleep(0.3)"
+    leaves_a_mark = f"pathlib.Path({str(tmp_path)!r}, 'started').touch()"
+    with StopSignals() as signals:
+        ignoring = f"signal.signal(signal.SIGINT, signal.SIG_IGN); {ends_well}"
+        assert run_ranks(program(ignoring), 1, tmp_path, signals=signals) == 0
+        assert run_ranks(program(leaves_a_mark), 2, tmp_path, signals=signals) == EXIT_REQUEUE
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_rank_that_waits_for_one_that_a_signal_ended_before_it_joined_is_not_waited_for(tmp_path, pids):
+    body = f"""
+        if rank == 0: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        {READY}
+        time.sleep(60)
+    """
+    process = launcher(body, tmp_path, grace_seconds=0.5)
+    numbers = ready(pids)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 1
+    assert error.endswith("stopped without saving; what was saved before stays\n")
     assert not any(map(is_alive, numbers))
 
 

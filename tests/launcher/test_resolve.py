@@ -229,7 +229,15 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
         (["schedule.stop_step=101"], ["schedule.stop_step: found 101; right is total_steps (100) or less"]),
         (
             ["schedule.name=wsd", "schedule.warmup_steps=60", "schedule.decay_steps=60"],
-            ["schedule.decay_steps: found 60; with warmup_steps it exceeds total_steps"],
+            ["schedule.decay_steps: found 60; the warm-up leaves 40 steps"],
+        ),
+        (
+            ["schedule.name=wsd", "schedule.warmup_steps=100"],
+            ["schedule.warmup_steps: found 100; wsd decays for a step at least: 99 is right"],
+        ),
+        (
+            ['data.text_key="\\ud800"'],
+            [r'data.text_key: found "\ud800", which is not Unicode: half a character, or bytes'],
         ),
         (
             ["data.tokenizer.kind=bpe"],

@@ -1,8 +1,7 @@
-"""A process's start and end: the digest of a failure, signals as a flag, and no process that outlives its launcher."""
+"""A process's start and end: the digest of a failure, and the process group."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -72,72 +71,6 @@ def test_a_users_mistake_and_an_orderly_end_leave_no_digest(tmp_path):
 )
 def test_the_advice_fits_the_failure(tmp_path, message, advice):
     assert advice in digest_of(tmp_path, RuntimeError(message))["what_to_do"]
-
-
-def test_a_signal_sets_the_flag_with_its_name_and_nothing_else():
-    before = {number: signal.getsignal(number) for number in runtime.SAVE_SIGNALS}
-    try:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            stop = runtime.StopFlag()
-            stop.install()
-            assert stop.signal_name == ""
-            os.kill(os.getpid(), number)
-            assert stop.signal_name == number.name
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-CHILD = """
-import os, sys, time
-from bigbatch.recipes.core import runtime
-runtime.die_with_parent()
-print("ready", os.getpid(), flush=True)
-time.sleep(60)
-"""
-PARENT = f"""
-import os, subprocess, sys, time
-environment = os.environ | {{"BIGBATCH_PARENT_PID": str(os.getpid())}}
-subprocess.Popen([sys.executable, "-c", {CHILD!r}], env=environment)
-time.sleep(60)
-"""
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
-def test_a_rank_dies_with_the_launcher_even_when_that_is_killed():
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
-    child = None
-    try:
-        word, pid = parent.stdout.readline().split()
-        child = int(pid)
-        assert word == "ready"
-        assert is_alive(child)
-        parent.kill()
-        parent.wait()
-        deadline = time.monotonic() + 20
-        while is_alive(child) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not is_alive(child)
-    finally:
-        parent.kill()
-        parent.stdout.close()
-        if child and is_alive(child):
-            os.kill(child, signal.SIGKILL)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
-def test_a_rank_whose_launcher_was_gone_before_it_asked_ends_at_once():
-    environment = os.environ | {"BIGBATCH_PARENT_PID": str(2**22 + 1)}  # above the kernel's largest process id
-    ended = subprocess.run([sys.executable, "-c", CHILD], env=environment, timeout=60, capture_output=True, check=False)
-    assert ended.returncode == 1
-    assert ended.stdout == b""
 
 
 def test_a_free_port_can_be_listened_on():

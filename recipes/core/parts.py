@@ -1,0 +1,87 @@
+"""The parts of a run that a process may take: prepare, train, evaluate. Collective where several ranks take part."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from bigbatch.recipes.core import checkpoint, recipe, runtime, train
+from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from bigbatch.recipes.core.process import StopFlag, Stopped, raise_on_stop
+
+
+def run_part(part: str, run_dir: Path, stop: StopFlag) -> int:
+    """Take one part in a run; return the exit status. A failure is told in failure.json, not by a traceback."""
+    phase: dict[str, Any] = {"phase": "start", "step": None}
+    try:
+        with runtime.failure_digest(run_dir, phase):
+            take = {"prepare": run_prepare, "train": run_train, "evaluate": run_evaluate}[part]
+            return take(load_run(run_dir), stop, phase)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except Stopped:
+        return EXIT_REQUEUE
+    except Exception:
+        if os.environ.get("BIGBATCH_DEBUG"):
+            raise
+        return EXIT_FAILED
+
+
+def run_prepare(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
+    """Prepare the run's data; say where they are."""
+    raise_on_stop(stop)
+    phase["phase"] = "prepare"
+    print(f"data: {run.recipe.prepare(run.config)}", file=sys.stderr)
+    return EXIT_DONE
+
+
+def run_train(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
+    """Take part in training as the rank that the environment says."""
+    if stop.signal_name:  # nothing to save yet
+        return EXIT_REQUEUE
+    mesh = runtime.start_mesh()
+    status = train.train(run, mesh, stop, phase)
+    runtime.leave_mesh(mesh)
+    return status
+
+
+def run_evaluate(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
+    """Evaluate the newest checkpoint on the validation split; print the figures as JSON."""
+    raise_on_stop(stop)
+    data = run.recipe.open_data(run.config)
+    if data.validation is None:
+        raise UserError("data.validation", "is empty and data.validation_fraction is 0: nothing to evaluate on")
+    mesh = runtime.start_mesh()
+    reader = checkpoint.newest(run.run_dir)
+    model = run.recipe.build_model(run.config, data.facts, initialize=False)
+    checkpoint.load_weights(reader.folder, model)
+    phase.update(phase="evaluate", step=reader.manifest["step"])
+    figures = train.evaluate(
+        run, model.to(mesh.device, train.DTYPES[run.config.precision.dtype]), data.validation, mesh
+    )
+    print(json.dumps({"step": reader.manifest["step"], **figures}))
+    runtime.leave_mesh(mesh)
+    return EXIT_DONE
+
+
+def load_run(run_dir: Path) -> train.Run:
+    """Read the resolved documents of a run folder."""
+    document = _read(run_dir / "run.json")
+    try:
+        config = recipe.find_config(document["recipe"]).model_validate_json(json.dumps(document))
+    except (KeyError, pydantic.ValidationError) as error:
+        raise UserError(str(run_dir / "run.json"), f"is no resolved run document: {error}") from None
+    deepspeed = _read(run_dir / "deepspeed.json")
+    content_id = _read(run_dir / "environment.json")["content_id"]
+    return train.Run(run_dir, config, deepspeed, content_id, recipe.find(config.recipe))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read ({error}); `bigbatch train` writes it anew") from None

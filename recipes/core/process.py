@@ -1,0 +1,54 @@
+"""A process's first moments, before anything slow is imported: it dies with its launcher, and signals end it in order.
+
+Standard library alone: torch takes seconds, and a signal may come in any of them.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """A signal asked a part that has nothing to save to end."""
+
+
+class StopFlag:
+    """Remembers that a signal asked to save and end; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+
+    def install(self) -> None:
+        """Catch the signals that ask to stop."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+
+
+def raise_on_stop(stop: StopFlag) -> None:
+    """Raise Stopped wherever the process is when a signal asks to stop, or now if one has."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _raise_stopped)
+    if stop.signal_name:
+        raise Stopped
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when the launcher that started it is gone (Linux)."""
+    parent = os.environ.get("BIGBATCH_PARENT_PID")
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1  # prctl(2), PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        raise SystemExit(1)  # it was gone before we asked
