@@ -1,6 +1,6 @@
 import gzip
-import random
 import json
+import random
 import subprocess
 import sys
 
