@@ -180,7 +180,7 @@ def _bitsandbytes() -> Iterator[Part]:
         )
         return
     try:
-        importlib.import_module("bitsandbytes")
+        importlib.import_module("bigbatch.recipes.core.low_bit").import_bitsandbytes()
     except Exception as error:  # it loads compiled libraries, which fail in many ways
         yield Part("bitsandbytes", WARNING, f"installed, but does not load: {' '.join(str(error).split())}")
     else:

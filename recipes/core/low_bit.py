@@ -4,6 +4,7 @@ Checkpoints hold the decoded float32 state, so that they resume under any plan. 
 is the one optimizer whose resume comes near to the uninterrupted run and does not equal it.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -17,11 +18,19 @@ _PARTS = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", "q
 def build_adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
     """Build the optimizer; raise UserError where bitsandbytes is not installed."""
     try:
-        import bitsandbytes  # noqa: PLC0415 - an extra
+        bitsandbytes = import_bitsandbytes()
     except ImportError:
         message = "adamw_8bit needs bitsandbytes: pip install 'bigbatch[low-bit]', or use adamw"
         raise UserError("optimizer.name", message) from None
     return bitsandbytes.optim.AdamW8bit(groups, **settings)
+
+
+def import_bitsandbytes() -> Any:
+    """Import it without what it logs about kernels for inference."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes  # noqa: PLC0415 - an extra
+
+    return bitsandbytes
 
 
 def is_encoded(optimizer: torch.optim.Optimizer) -> bool:
