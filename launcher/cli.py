@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import errno
 import importlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from bigbatch.recipes.core.errors import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     UserError,
+    as_user_error,
     one_line,
 )
 
@@ -34,18 +34,6 @@ EPILOG = """RUN is a name that `bigbatch recipes` lists (gpt/quick) or the path 
 standard error, results to standard output. Exit status: 0 done; 2 a mistake in what was asked, told in one line;
 75 stopped and saved, the same command goes on; 1 anything else."""
 
-# Of the file system: the name that was given, or the place, is what has to change.
-USERS_ERRORS = (
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-)
 ENDING_PREPARE = "ending; what is prepared stays"
 
 
@@ -68,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("BIGBATCH_DEBUG") == "1":
             raise
-        if isinstance(error, OSError) and error.errno in USERS_ERRORS:
-            _say(f"error: {UserError(str(error.filename or ''), error.strerror)}")
+        if mistake := as_user_error(error):
+            _say(f"error: {mistake}")
             return EXIT_USER_ERROR
         what = one_line(str(error)) or "no reason given"
         _say(f"error: {type(error).__name__}: {what} (traceback: {_keep_traceback()})")
@@ -342,6 +330,8 @@ def _document_of(run: str) -> str:
     from bigbatch.launcher.run_dir import RunDir
 
     folder = RunDir(Path(run))
+    if not folder.exists() and folder.path.is_dir() and run:
+        raise UserError(run, "is a folder without a run.json, so no run folder; give a run document or its name")
     return str(folder.run) if folder.exists() else run
 
 
@@ -363,14 +353,15 @@ def _refuse_errors(resolved: "Resolved", ranks: int) -> None:
 
 def _set_up(folder: "RunDir", resolved: "Resolved", deepspeed: dict[str, Any], resume: "Resume") -> None:
     """Write the run folder's documents; when its run has begun, say what changes and refuse what cannot."""
+    from bigbatch.launcher.documents import read_json
     from bigbatch.launcher.problems import InvalidDocumentError, Problem
     from bigbatch.launcher.resolve import compare
     from bigbatch.launcher.run_dir import check_resume, write
 
     check_resume(folder, resume)
-    if folder.has_checkpoint():
+    if folder.has_checkpoint() and folder.exists():
         problems = []
-        for change in compare(json.loads(folder.run.read_text(encoding="utf-8")), resolved.document):
+        for change in compare(read_json(folder.run), resolved.document):
             told = f"{json.dumps(change.old)} -> {json.dumps(change.new)}"
             if change.kind == "impossible":
                 problems.append(Problem(change.path, f"{told}, but the run has begun; right is a new --run-dir"))

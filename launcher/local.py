@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
+from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, one_line
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 20.0  # for the ranks that are left when one has failed: they may wait for it in a collective
@@ -58,8 +58,7 @@ def run_ranks(
     elif failed is not None and failed.process.returncode == EXIT_USER_ERROR:
         _tell_user_error(started[0], failed)
     elif failed is not None:
-        _keep_cause(failure_file, failed)
-        _tell_failure(failure_file)
+        _tell_failure(_keep_cause(failure_file, failed), failure_file)
     return _common_status([_status(rank, signals.received) for rank in started])
 
 
@@ -238,11 +237,11 @@ def _tell_user_error(first: Rank, failed: Rank) -> None:
         print(*_log_tail(failed.log)[-1:], file=sys.stderr, flush=True)
 
 
-def _keep_cause(path: Path, rank: Rank) -> None:
-    """Write the digest that the failed rank could not write itself: another's tells but of the broken connection."""
+def _keep_cause(path: Path, rank: Rank) -> dict[str, Any]:
+    """Return the digest; write the one that the failed rank could not: another's tells but of the broken connection."""
     own = _read_digest(path)
     if own.get("rank") == rank.number or (own and rank.process.returncode > 0):
-        return
+        return own
     status = rank.process.returncode
     log = rank.log or path.parent / "log" / "rank0.txt"
     digest: dict[str, Any] = {
@@ -256,7 +255,9 @@ def _keep_cause(path: Path, rank: Rank) -> None:
         "what_to_do": _advice(status, log),
         "echo": own or None,
     }
-    path.write_text(json.dumps(digest, indent=2) + "\n")
+    with contextlib.suppress(OSError):  # a full disk is likely the failure itself
+        path.write_text(json.dumps(digest, indent=2) + "\n")
+    return digest
 
 
 def _read_digest(path: Path) -> dict[str, Any]:
@@ -286,9 +287,8 @@ def _advice(status: int, log: Path) -> str:
     return f"read {f'log/{log.name}' if log.exists() else 'the lines above'}; the same command goes on where it stopped"
 
 
-def _tell_failure(path: Path) -> None:
+def _tell_failure(digest: dict[str, Any], path: Path) -> None:
     """Say in one line which rank failed and why."""
-    digest = _read_digest(path)
     how = digest.get("exception") or digest.get("signal") or f"exit status {digest['exit_status']}"
     where = f"rank {digest['rank']} on {digest['host']}"
-    print(f"error: {where} failed: {how}; {digest['what_to_do']} ({path})", file=sys.stderr, flush=True)
+    print(one_line(f"error: {where} failed: {how}; {digest['what_to_do']} ({path})"), file=sys.stderr, flush=True)

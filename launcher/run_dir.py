@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import bigbatch.recipes
+from bigbatch.launcher.documents import read_json
 from bigbatch.recipes.core.errors import UserError
 
 Resume = Literal["auto", "never", "must"]
@@ -76,8 +77,6 @@ def choose(run: str, run_dir: Path | None) -> RunDir:
         if run_dir is not None and run_dir.resolve() != Path(run).resolve():
             raise UserError("--run-dir", f"{run} is a run folder already; leave --run-dir out to go on in it")
         return RunDir(Path(run))
-    if Path(run).is_dir():
-        raise UserError(run, "is a folder without a run.json, so no run folder; give a run document or its name")
     if run_dir is not None:
         return RunDir(run_dir)
     name = Path(run).stem if run.endswith(".json") else run.replace("/", "-")
@@ -153,12 +152,15 @@ def write(run_dir: RunDir, document: dict[str, Any], deepspeed: dict[str, Any], 
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is there whole or not at all, whatever happens meanwhile."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -186,7 +188,7 @@ def _starts(run_dir: RunDir) -> list[dict[str, Any]]:
     """Return the records of this folder's starts so far, oldest first."""
     if not run_dir.environment.is_file():
         return []
-    last = json.loads(run_dir.environment.read_text())
+    last = read_json(run_dir.environment)
     return [*last.pop("earlier_starts"), last]
 
 

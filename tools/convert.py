@@ -20,7 +20,7 @@ import torch
 
 from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, CheckpointDamagedError, Reader, newest
-from bigbatch.recipes.core.errors import EXIT_DONE, UserError
+from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder
 from bigbatch.recipes.core.tensor_file import Entry, sync_folder, write_json, write_tensors
@@ -95,8 +95,10 @@ def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 
         _write_card(partial, reader, config, parity, dtype)
         sync_folder(partial)
         partial.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, Exception) and (mistake := as_user_error(error, str(out))):
+            raise mistake from error
         raise
     return parity
 

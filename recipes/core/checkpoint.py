@@ -8,6 +8,7 @@ disk: a folder without a manifest that verifies does not exist.
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,9 +177,10 @@ class _agreed:  # noqa: N801 - reads as a word in `with _agreed(mesh, folder)`
 
 
 def restore(run_dir: Path, engine: Engine, mesh: Mesh, say: Any) -> dict[str, Any] | None:
-    """Load the newest checkpoint that verifies, under whatever plan the engine has; return the loop's state, or None.
+    """Load the newest checkpoint that verifies, under whatever plan the engine has; return the loop's state.
 
-    Those that do not verify are named through `say`. Collective: every rank must call it.
+    Return None where no save was ever finished. Those that do not verify are named through `say`; raise UserError if
+    none does. Collective: every rank must call it.
     """
     names = mesh.broadcast_text(
         " ".join(folder.name for folder in committed(run_dir, say))
@@ -196,6 +198,12 @@ def restore(run_dir: Path, engine: Engine, mesh: Mesh, say: Any) -> dict[str, An
             continue
         load_into(reader, engine)
         return reader.manifest
+    if names:
+        raise UserError(
+            str(run_dir / "checkpoints"),
+            "holds no checkpoint that verifies, so this run has nothing to go on from; "
+            "bring one back, or give another --run-dir to begin at step 0",
+        )
     return None
 
 
@@ -331,12 +339,13 @@ def committed(run_dir: Path, say: Any = None) -> list[Path]:
 
 
 def newest(run_dir: Path) -> Reader:
-    """Open the newest committed checkpoint that verifies; raise UserError if there is none."""
+    """Open the newest committed checkpoint that verifies; name those skipped; raise UserError if there is none."""
     for folder in committed(run_dir):
         try:
             reader = Reader(folder)
             reader.verify()
-        except CheckpointDamagedError:
+        except (CheckpointDamagedError, OSError) as error:
+            print(f"skipped {folder.name}: {error}", file=sys.stderr, flush=True)
             continue
         return reader
     raise UserError(str(run_dir), "has no checkpoint that verifies (bigbatch checkpoint verify says more)")

@@ -3,19 +3,21 @@
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from bigbatch.recipes.core import checkpoint, recipe, runtime, train
-from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError, one_line
 from bigbatch.recipes.core.process import StopFlag, Stopped, raise_on_stop
 
 
 def run_part(part: str, run_dir: Path, stop: StopFlag) -> int:
     """Take one part in a run; return the exit status. A failure is told in failure.json, not by a traceback."""
     phase: dict[str, Any] = {"phase": "start", "step": None}
+    threading.excepthook = _tell_thread
     try:
         with runtime.failure_digest(run_dir, phase):
             take = {"prepare": run_prepare, "train": run_train, "evaluate": run_evaluate}[part]
@@ -29,6 +31,12 @@ def run_part(part: str, run_dir: Path, stop: StopFlag) -> int:
         if os.environ.get("BIGBATCH_DEBUG"):
             raise
         return EXIT_FAILED
+
+
+def _tell_thread(failed: threading.ExceptHookArgs) -> None:
+    """Say in one line what a library's own thread failed of, as TensorBoard's does on a full disk."""
+    what = one_line(f"{failed.exc_type.__name__}: {failed.exc_value}")
+    print(f"warning: a thread in the background has ended: {what}", file=sys.stderr, flush=True)
 
 
 def run_prepare(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
@@ -84,4 +92,4 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(str(path), f"cannot be read ({error}); `bigbatch train` writes it anew") from None
+        raise UserError(str(path), f"cannot be read: {error}") from None

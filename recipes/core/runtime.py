@@ -4,6 +4,7 @@ import faulthandler
 import json
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 import torch.distributed
 
 from bigbatch.recipes.core.engine import import_deepspeed
-from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.errors import UserError, as_user_error
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.process import StopFlag  # noqa: F401 - train.py finds it here
 
@@ -54,7 +55,7 @@ def free_port() -> int:
 def failure_digest(run_dir: Path, phase: dict[str, object]) -> Iterator[None]:
     """Write failure.json if the block raises: which rank and host, in which phase and step, what, and what to do.
 
-    `phase` is kept up to date by the block. A UserError passes: its one line says all.
+    `phase` is kept up to date by the block. A UserError passes, and a full disk becomes one: its one line says all.
     """
     faulthandler.enable()
     try:
@@ -62,6 +63,8 @@ def failure_digest(run_dir: Path, phase: dict[str, object]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if mistake := as_user_error(error, str(run_dir)):
+            raise mistake from error
         rank = int(os.environ.get("RANK", "0"))
         digest = {
             "rank": rank,
@@ -84,6 +87,8 @@ def _write_first(path: Path, digest: dict[str, object]) -> None:
             json.dump(digest, file, indent=2)
     except FileExistsError:
         return
+    except OSError as error:  # a full disk is likely the failure itself
+        print(f"error: {digest['exception']} ({path} cannot be written: {error.strerror})", file=sys.stderr, flush=True)
 
 
 def _advice(error: Exception) -> str:

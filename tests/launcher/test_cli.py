@@ -200,6 +200,25 @@ def test_a_run_that_has_saved_nothing_yet_may_change_in_any_way(begun):
     assert json.loads(begun.run.read_text())["model"]["num_layers"] == 5
 
 
+def test_a_damaged_record_of_a_begun_run_is_named_and_a_missing_document_is_written_anew(begun, capsys):
+    begun.run.write_text("{")
+    told = error_lines(capsys, "train", "gpt/quick", "--run-dir", str(begun.path))
+    assert told == [
+        f"error: {begun.run}: not JSON at line 1 column 2: Expecting property name enclosed in double quotes"
+    ]
+    begun.run.unlink()
+    resolved = resolve("gpt/quick")
+    cli._set_up(begun, resolved, {}, "auto")
+    assert json.loads(begun.run.read_text()) == resolved.document
+
+
+def test_a_folder_that_is_no_run_is_told_so(tmp_path, capsys):
+    for verb in ("train", "check", "show", "prepare"):
+        assert cli.main([verb, str(tmp_path)]) == 2
+        output = capsys.readouterr()
+        assert "is a folder without a run.json, so no run folder" in output.out + output.err
+
+
 def test_resume_must_and_never_are_kept(begun, tmp_path, capsys):
     (line,) = error_lines(capsys, "train", str(begun.path), "--resume", "never")
     assert line.startswith("error: --resume: never:")

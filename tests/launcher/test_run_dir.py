@@ -44,11 +44,6 @@ def test_a_run_folder_given_as_run_is_gone_on_in(tmp_path, folder):
         run_dir.choose(str(folder.path), tmp_path / "other")
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"without a run\.json"):
-        run_dir.choose(str(tmp_path), None)
-
-
 def test_a_folder_in_use_is_refused_naming_host_and_process_until_that_one_is_gone(folder):
     code = (
         "import sys, time, pathlib\nfrom bigbatch.launcher.run_dir import RunDir, hold\n"

@@ -197,6 +197,13 @@ def damaged_newer(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
     return {"first": first["step"], "second": restored(run_dir, engine, mesh)["step"]}
 
 
+def all_damaged(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
+    """Damage every checkpoint, then restore."""
+    for step in (1, 2):
+        in_turn(mesh, lambda step=step: flip_bit(checkpoint.checkpoint_dir(run_dir, step), "rank_00000.safetensors"))
+    return restored(run_dir, make_engine(mesh), mesh)
+
+
 def failing_save(run_dir: Path, engine: Engine, mesh: Mesh, fresh: Engine) -> dict[str, Any]:
     """Save where it cannot be; then restore what is there."""
     refusal = None
@@ -281,6 +288,7 @@ def scenarios() -> dict[str, Callable[[Path, Mesh], dict[str, Any]]]:
         **other_models(),
         "retention": retention,
         "damaged_newer": damaged_newer,
+        "all_damaged": all_damaged,
         "full_disk": partial(on_small_disk, full_disk),
         "read_only": partial(on_small_disk, read_only),
         "file_size_limit": limited,

@@ -27,6 +27,7 @@ from bigbatch.recipes.core.data.manifest import (
     Manifest,
     Source,
     Split,
+    verify,
     write_atomically,
 )
 from bigbatch.recipes.core.data.progress import shown_progress
@@ -38,6 +39,7 @@ from bigbatch.recipes.core.errors import UserError
 
 TRAIN, VALIDATION = "train", "validation"
 BATCH_CHARACTERS = 2**20
+VERIFIED_BYTES = 2**30  # sources of more make shards that are not read whole at every start; their sizes are compared
 JOURNAL_SECONDS = 10.0  # the most work that an interruption costs
 JOURNAL_FILE, SEEN_FILE = "journal.json", "seen.sqlite"
 # How samples are cut is decided when the shards are opened, so these change nothing here.
@@ -80,7 +82,8 @@ def prepare_tokens(data: TokenDataSection, progress: bool = True) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and return it.
 
     An interrupted preparation goes on where it was, losing at most ten seconds of work. Where another process prepares
-    the same, wait for it. When sources have changed, a new folder results.
+    the same, wait for it. When sources have changed, a new folder results. One that was there is read and compared with
+    its hashes unless it is large.
     """
     work = _list_work(data)
     content_id = _content_id(data, work)
@@ -88,6 +91,8 @@ def prepare_tokens(data: TokenDataSection, progress: bool = True) -> Path:
     folder = root / content_id
     pointer = root / f"{_settings_id(data)}.latest"
     if (folder / MANIFEST_FILE).exists() and pointer.exists() and pointer.read_text() == content_id:
+        if _size_bytes(work) <= VERIFIED_BYTES:
+            verify(folder)
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,20 @@ from typing import Literal
 import numpy as np
 
 from bigbatch.recipes.core.data import tokenizing
-from bigbatch.recipes.core.data.manifest import TOKENS_SUFFIX, check_sizes, read_manifest
+from bigbatch.recipes.core.data.manifest import TOKENS_SUFFIX, Manifest, check_sizes, read_manifest
 from bigbatch.recipes.core.errors import UserError
 
 IGNORED_LABEL = -100
+
+
+def check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """Raise UserError unless the folder's tokenizer is the one that made its shards."""
+    path = folder / tokenizing.TOKENIZER_FILE
+    if tokenizing.fingerprint(path) != manifest.tokenizer_fingerprint:
+        raise UserError(
+            str(path),
+            f"is not the tokenizer that made these shards; bring it back, or remove {folder} and prepare again",
+        )
 
 
 class TokenSamples:
@@ -31,9 +41,7 @@ class TokenSamples:
         """Map the shards into memory after a look at their sizes and at the tokenizer."""
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)
-        found = tokenizing.fingerprint(folder / tokenizing.TOKENIZER_FILE)
-        if found != manifest.tokenizer_fingerprint:
-            raise UserError(str(folder / tokenizing.TOKENIZER_FILE), "is not the tokenizer that made these shards")
+        check_tokenizer(folder, manifest)
         tokens = manifest.splits[split].num_tokens if split in manifest.splits else 0
         if tokens <= sequence_length:
             needed = f"a sample of data.sequence_length {sequence_length} needs {sequence_length + 1}"
@@ -55,6 +63,9 @@ class TokenSamples:
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return tokens and labels [B, T] int64 of these samples; they are the same in every epoch."""
         window = self._gather(sample_ids)  # [B, T + 1]
+        if window.max() >= self.vocabulary_size:  # on a GPU the embedding would end the process without a word of why
+            wrong = f"hold token {window.max()} of {self.vocabulary_size}: their bytes have changed"
+            raise UserError(str(self.tokenizer_folder), f"the shards {wrong}; remove the folder and prepare again")
         tokens, labels = window[:, :-1], window[:, 1:]
         if not self.isolate:
             return {"tokens": tokens, "labels": labels}

@@ -9,6 +9,7 @@ import csv
 import glob
 import gzip
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -282,6 +283,8 @@ def _hugging_face_files(source: str, where: str) -> tuple[list[Path], SourceFile
 def _load_hugging_face(source: str, where: str) -> Any:
     """Return a memory-mapped `datasets.Dataset`, from a local folder, the cache or the hub."""
     import datasets  # noqa: PLC0415 - takes a second, and most runs read plain files
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry without a network is two warnings
 
     name, config, split, *_ = [*source.removeprefix(HUGGING_FACE).split(":", 2), "", ""]  # a split may be train[1:9]
     folder = locate(name)

@@ -98,7 +98,10 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str, where: str) -> lis
 
 def fingerprint(tokenizer_file: Path) -> str:
     """Return a hash of what a tokenizer.json says, however it is laid out."""
-    content = json.loads(tokenizer_file.read_text("utf-8"))
+    try:
+        content = json.loads(tokenizer_file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(tokenizer_file), f"is not a tokenizer.json: {error}") from None
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

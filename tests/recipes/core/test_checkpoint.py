@@ -242,6 +242,13 @@ def test_a_damaged_checkpoint_is_skipped_by_name_on_every_rank_and_the_one_befor
 
 
 @pytest.mark.parametrize("ranks", RANKS)
+def test_a_run_none_of_whose_checkpoints_verifies_does_not_begin_again_unasked(ranks, faults):
+    refusal = faults(ranks, "all_damaged")[0]["refusal"]
+    assert "checkpoints: holds no checkpoint that verifies" in refusal
+    assert "give another --run-dir to begin at step 0" in refusal
+
+
+@pytest.mark.parametrize("ranks", RANKS)
 def test_an_intact_checkpoint_is_taken_without_a_word(ranks, faults):
     result = faults(ranks, "intact")[0]
     assert (result["step"], result["said"], result["whole"]) == (2, [], True)

@@ -1,5 +1,6 @@
 """A process's start and end: the digest of a failure, and the process group."""
 
+import errno
 import json
 import os
 import socket
@@ -58,6 +59,20 @@ def test_a_users_mistake_and_an_orderly_end_leave_no_digest(tmp_path):
         with pytest.raises(type(error)), runtime.failure_digest(tmp_path, {}):
             raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_the_users_to_mend_and_leaves_no_digest(tmp_path):
+    with pytest.raises(UserError, match="No space left on device"), runtime.failure_digest(tmp_path, {}):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_digest_that_cannot_be_written_is_printed(tmp_path, capfd):
+    with pytest.raises(ValueError, match="the cause"), runtime.failure_digest(tmp_path / "gone", {}):
+        raise ValueError("the cause")
+    assert capfd.readouterr().err == (
+        f"error: ValueError: the cause ({tmp_path}/gone/failure.json cannot be written: No such file or directory)\n"
+    )
 
 
 @pytest.mark.parametrize(

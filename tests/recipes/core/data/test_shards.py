@@ -25,6 +25,42 @@ def prepare(folder, texts, **changes):
     return prepared, [token for text in texts for token in [*(order[character] for character in text), 0]]
 
 
+def flip(path: Path, offset: int, mask: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= mask
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_a_prepared_shard_is_found_at_the_next_start(tmp_path):
+    prepared, _ = prepare(tmp_path, ["abc", "cab"])
+    flip(prepared / "train" / "shard_00000.bin", 0, 1)
+    with pytest.raises(UserError, match=r"shard_00000\.bin: has changed since it was written; remove .* and prepare"):
+        prepare_again(tmp_path)
+
+
+def prepare_again(folder):
+    """Prepare as a second start does, the source untouched."""
+    source = str(Path(folder) / "texts.jsonl")
+    settings = {"tokenizer": {"kind": "character"}, "sequence_length": 1, "prepared_dir": f"{folder}/out"}
+    return prepare_tokens(TokenDataSection(train=(source,), **settings), progress=False)
+
+
+def test_a_token_beyond_the_vocabulary_is_told_before_it_reaches_the_embedding(tmp_path):
+    prepared, _ = prepare(tmp_path, ["abc", "cab"])
+    flip(prepared / "train" / "shard_00000.bin", 1, 0x80)  # the high byte of the first token
+    with pytest.raises(UserError, match=r"hold token 3276\d of 4: their bytes have changed; remove the folder"):
+        whole_epoch(TokenSamples(prepared, "train", 1))
+
+
+@pytest.mark.parametrize("content", [None, "no JSON"])
+def test_a_tokenizer_that_is_gone_or_garbage_is_named(tmp_path, content):
+    prepared, _ = prepare(tmp_path, ["abc", "cab"])
+    path = prepared / "tokenizer.json"
+    path.write_text(content) if content else path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not a tokenizer\.json"):
+        TokenSamples(prepared, "train", 1)
+
+
 def whole_epoch(samples):
     ids = np.arange(samples.num_samples)
     return samples.batch(ids, np.zeros_like(ids))
