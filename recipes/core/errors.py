@@ -33,7 +33,7 @@ class UserError(Exception):
 def as_user_error(error: Exception, place: str = "") -> UserError | None:
     """Return the user's mistake that an error of the file system is, told of its file or else of `place`."""
     if isinstance(error, OSError) and error.errno in USERS_ERRORS:
-        return UserError(str(error.filename or place), error.strerror)
+        return UserError(str(error.filename or place), error.strerror or str(error))
     return None
 
 

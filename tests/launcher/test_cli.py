@@ -186,7 +186,7 @@ def test_a_begun_run_says_what_changes_its_optimization_and_takes_it(begun, caps
     cli._set_up(begun, resolved, {}, "auto")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "changed: optimizer.learning_rate: 0.001 -> 0.5 (changes optimization)",
+        "changed: optimizer.learning_rate: 0.003 -> 0.5 (changes optimization)",
         "changed: report.every_steps: 10 -> 3 (harmless)",
     ]
     assert json.loads(begun.run.read_text())["optimizer"]["learning_rate"] == 0.5

@@ -42,7 +42,7 @@ def test_a_sound_run_is_ready_and_its_numbers_are_told():
     assert told(findings, "info")[0] == "batch.global_size: 32 samples = 4 a forward pass x 4 accumulated x 2 ranks"
     assert told(findings, "info")[2:] == [
         # 128 x 256 positions + 4096 x 256 tokens + 4 x (12 x 256^2 + 13 x 256) + 2 x 256
-        "model: 4.24 M parameters",
+        "model: 4.26 M parameters",
         "schedule.total_steps: 4,096 tokens a step, 1.23 M in all",
     ]
     assert render(findings).splitlines()[-1] == "ready: 0 errors, 0 warnings"
@@ -119,7 +119,7 @@ def test_the_parameters_count_a_given_tokenizers_vocabulary(here, vocabulary):
     (here / "t" / "tokenizer.json").write_text(json.dumps(document))
     findings = findings_of(*TOKENIZER, "model.vocabulary_multiple=1")
     # As for quick, with ten thousand rows of 256 for its 4096.
-    assert f"model: {(4_240_640 + (10_000 - 4096) * 256) / 1e6:.3g} M parameters" in told(findings, "info")
+    assert f"model: {(4_262_144 + (10_000 - 4096) * 256) / 1e6:.3g} M parameters" in told(findings, "info")
 
 
 def test_a_missing_folder_of_first_weights_is_refused():
@@ -140,8 +140,8 @@ def test_the_disk_must_hold_one_checkpoint_and_should_hold_all(monkeypatch, free
     findings = findings_of()
     (finding,) = [finding for finding in findings if finding.rule == "disk"]
     assert finding.severity == severity
-    # 4,240,640 parameters x 12 bytes; two are kept and a third is written before the oldest goes.
-    assert finding.message.startswith("50.9 MB a checkpoint, 153 MB at most; ")
+    # 4,262,144 parameters x 12 bytes; two are kept and a third is written before the oldest goes.
+    assert finding.message.startswith("51.1 MB a checkpoint, 153 MB at most; ")
 
 
 def test_what_needs_a_gpu_is_told_where_there_is_none():
