@@ -25,6 +25,7 @@ from bigbatch.recipes.core.errors import (
     as_user_error,
     one_line,
 )
+from bigbatch.recipes.core.process import keep_streams_open
 
 if TYPE_CHECKING:
     from bigbatch.launcher.resolve import Resolved
@@ -39,6 +40,7 @@ ENDING_PREPARE = "ending; what is prepared stays"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status; a user sees a line, never a bare traceback (unless BIGBATCH_DEBUG=1)."""
+    keep_streams_open()
     try:
         status = _run_verb(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -134,10 +136,13 @@ def prepare(run: str, overrides: list[str]) -> int:
 def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str], resume: "Resume") -> int:
     """Train to the end, or go on where a run stopped; data are prepared first."""
     from bigbatch.launcher.local import StopSignals, default_ranks, run_ranks, worker_command
-    from bigbatch.launcher.run_dir import choose, hold
+    from bigbatch.launcher.run_dir import RunDir, choose, hold
     from bigbatch.recipes.core.engine_config import complete
+    from bigbatch.recipes.core.run_home import enter_home
 
     _need_train_extra()
+    if RunDir(Path(run)).exists() and run_dir is None:
+        run = str(enter_home(Path(run)))
     resolved = _resolve(run, overrides)
     ranks = ranks or default_ranks()
     _refuse_errors(resolved, ranks)
@@ -159,10 +164,12 @@ def evaluate(run_dir: Path) -> int:
     """Evaluate the newest sound checkpoint of a run on its validation split; prints JSON."""
     from bigbatch.launcher.local import run_ranks, worker_command
     from bigbatch.launcher.run_dir import RunDir
+    from bigbatch.recipes.core.run_home import enter_home
 
     _need_train_extra()
     if not RunDir(run_dir).exists():
         raise UserError(str(run_dir), "is no run folder: it has no run.json")
+    run_dir = enter_home(run_dir)
     return run_ranks(worker_command("evaluate", run_dir), 1, run_dir, answer="ending")
 
 

@@ -94,11 +94,17 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._handle) for number in FORWARDED}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup has set
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._hang_up)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        """Save when the terminal is closed, as on SIGTERM."""
+        self._handle(signal.SIGTERM, frame)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number not in self.received:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import bigbatch.recipes
 from bigbatch.launcher.documents import read_json
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.run_home import describe_home
 
 Resume = Literal["auto", "never", "must"]
 RECORDED_PACKAGES = (
@@ -142,7 +143,8 @@ def check_resume(run_dir: RunDir, resume: Resume) -> None:
 def write(run_dir: RunDir, document: dict[str, Any], deepspeed: dict[str, Any], content_id: str) -> None:
     """Write what the workers read, and what a later reader of the folder wants to know."""
     try:
-        write_json(run_dir.environment, describe_environment(content_id, _starts(run_dir)))
+        home = describe_home(run_dir.path)
+        write_json(run_dir.environment, home | describe_environment(content_id, _starts(run_dir)))
         write_json(run_dir.deepspeed, deepspeed)
         write_json(run_dir.run, document)  # last: with it the folder is a run
     except OSError as error:

@@ -23,6 +23,7 @@ from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, CheckpointDamaged
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder
+from bigbatch.recipes.core.run_home import enter_home
 from bigbatch.recipes.core.tensor_file import Entry, sync_folder, write_json, write_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +60,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights written (default fp32)")
     parser.add_argument("--max-ram", default="4G", metavar="SIZE", help="for reading and writing (default 4G)")
     arguments = parser.parse_args(argv)
-    parity = convert(arguments.run_dir, arguments.out, arguments.dtype, parse_bytes(arguments.max_ram))
+    max_ram_bytes = parse_bytes(arguments.max_ram)
+    out = arguments.out.absolute()  # before the current folder may change
+    parity = convert(enter_home(arguments.run_dir), out, arguments.dtype, max_ram_bytes)
     print(
         f"{arguments.out}: logits of {parity.num_tokens} tokens equal transformers' own to "
         f"{parity.largest_difference:.1e} (largest logit {parity.largest_logit:.1f})",
@@ -209,7 +212,9 @@ def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) ->
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)
     if not (folder / "tokenizer.json").exists():
-        raise UserError(str(tokenizer), "holds no tokenizer.json: the prepared data have gone; run bigbatch prepare")
+        raise UserError(
+            str(tokenizer.absolute()), "holds no tokenizer.json: the prepared data have gone; run bigbatch prepare"
+        )
 
 
 def write_text(path: Path, content: dict[str, Any]) -> None:

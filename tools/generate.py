@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
+from bigbatch.recipes.core.run_home import enter_home
 
 
 def main(argv: list[str]) -> int:
@@ -17,8 +18,9 @@ def main(argv: list[str]) -> int:
 
     from bigbatch.recipes.core.generate import load_model
 
-    loaded = load_model(arguments.model)
-    text_model = _open_tokenizer(loaded, arguments.model)
+    path = enter_home(arguments.model)
+    loaded = load_model(path)
+    text_model = _open_tokenizer(loaded, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = arguments.dtype or ("bf16" if device == "cuda" else "fp32")
     model = loaded.model.to(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
@@ -131,7 +133,10 @@ def _open_tokenizer(loaded: Any, path: Path) -> TextModel:
     from tokenizers import Tokenizer
 
     if loaded.tokenizer is None:
-        raise UserError(str(path), "has no tokenizer.json, or the run's prepared data are no longer where they were")
+        raise UserError(
+            str(path),
+            f"has no tokenizer.json, or its run's prepared data are not where they were, seen from {Path.cwd()}",
+        )
     file = loaded.tokenizer / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(file))

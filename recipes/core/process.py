@@ -4,10 +4,12 @@ Standard library alone: torch takes seconds, and a signal may come in any of the
 """
 
 import ctypes
+import io
 import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -41,6 +43,30 @@ def raise_on_stop(stop: StopFlag) -> None:
 
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
     raise Stopped
+
+
+class _Forgiving(io.FileIO):
+    """Standard error of a process whose work matters more than its words."""
+
+    def write(self, data: Any) -> int:
+        """Write, or let it go: the reader of a pipe may end, a terminal may close, its disk may be full."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def keep_streams_open() -> None:
+    """Let nothing fail for want of standard streams: closed ones lead nowhere, and standard error never raises."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr in (None, sys.__stderr__):  # and not what somebody has put in its place
+        raw: Any = _Forgiving(2, "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
 
 
 def die_with_parent() -> None:

@@ -7,12 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-from bigbatch.recipes.core.process import StopFlag, die_with_parent
+from bigbatch.recipes.core.process import StopFlag, die_with_parent, keep_streams_open
 
 
 def main(argv: list[str]) -> int:
     """Run one part of a run; return the exit status."""
     die_with_parent()
+    keep_streams_open()
     stop = StopFlag()
     stop.install()
     from bigbatch.recipes.core.parts import run_part  # noqa: PLC0415 - takes seconds, in which a signal may come

@@ -228,6 +228,32 @@ def test_a_signal_reaches_every_rank_once_and_their_saving_is_waited_for(tmp_pat
     assert number.name in error
 
 
+def test_a_closed_terminal_saves_as_a_termination_does_unless_the_user_has_said_nohup(tmp_path, pids):
+    body = f"""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+        {READY}
+        time.sleep(60)
+    """
+    process = launcher(body, tmp_path)
+    ready(pids)
+    process.send_signal(signal.SIGHUP)
+    assert "SIGTERM" in process.communicate(timeout=20)[1]
+    assert process.returncode == EXIT_REQUEUE
+    for file in pids.iterdir():
+        file.unlink()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited by what starts now
+    try:
+        process = launcher(body, tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    ready(pids)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGUSR1)
+    assert "SIGTERM" not in process.communicate(timeout=20)[1]
+    assert process.returncode == EXIT_REQUEUE
+
+
 def test_a_second_ctrl_c_ends_ranks_that_do_not_listen(tmp_path, pids):
     process = launcher(f"signal.signal(signal.SIGINT, signal.SIG_IGN)\n{READY}\ntime.sleep(60)", tmp_path)
     numbers = ready(pids)

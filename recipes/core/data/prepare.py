@@ -113,7 +113,7 @@ def prepared_folder(data: TokenDataSection) -> Path:
     pointer = Path(data.prepared_dir) / f"{_settings_id(data)}.latest"
     if not pointer.exists():
         raise UserError(
-            "data.prepared_dir", f"{data.prepared_dir} holds no data for these settings; prepare them first"
+            "data.prepared_dir", f"{pointer.parent.absolute()} holds no data for these settings; prepare them first"
         )
     return pointer.parent / pointer.read_text()
 

@@ -50,6 +50,24 @@ def test_a_signal_sets_the_flag_with_its_name_and_nothing_else():
             signal.signal(number, handler)
 
 
+SAY = """
+import os, sys
+from bigbatch.recipes.core import process
+process.keep_streams_open()
+print("to standard output", flush=True)
+for line in range(3): print("to standard error", file=sys.stderr, flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", ">&- 2>&-", "0<&- >&- 2>&-", "2>&1 >/dev/null | true"])
+def test_a_process_outlives_its_standard_streams(redirection):
+    """The reader of a pipe may end, the disk of a log may be full, a service may start us with nothing open."""
+    command = f'set -o pipefail; "$0" -c "$1" {redirection}'
+    ended = subprocess.run(["bash", "-c", command, sys.executable, SAY], timeout=60, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (7, b"")
+
+
 CHILD = """
 import os, sys, time
 from bigbatch.recipes.core import process, runtime
