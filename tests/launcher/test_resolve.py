@@ -226,6 +226,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     ("overrides", "lines"),
     [
         (["schedule.warmup_steps=101"], ["schedule.warmup_steps: found 101; right is total_steps (100) or less"]),
+        (["seed=9223372036854775808"], ["seed: found 9223372036854775808; right is less than 9223372036854775808"]),
         (["schedule.stop_step=101"], ["schedule.stop_step: found 101; right is total_steps (100) or less"]),
         (
             ["schedule.name=wsd", "schedule.warmup_steps=60", "schedule.decay_steps=60"],
