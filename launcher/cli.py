@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -262,13 +263,6 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(self.prog, f"{message}; see {self.prog} --help")
-
-
 def _run_verb(arguments: list[str]) -> int:
     if arguments and arguments[0] in TOOLS:
         return _run_tool(arguments[0], arguments[1:])
@@ -295,7 +289,7 @@ def _no_such_verb(verb: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="bigbatch",
         description="DeepSpeed training recipes from raw text to a deployed model.",
         epilog=EPILOG,

@@ -4,7 +4,6 @@ Everything is written beside OUT, compared with transformers' own model on real 
 a folder called OUT is a folder that agreed.
 """
 
-import argparse
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from bigbatch.recipes.core import recipe as recipes
+from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, CheckpointDamagedError, Reader, newest
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
@@ -52,9 +52,7 @@ class Parity(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the verb `convert`."""
-    parser = argparse.ArgumentParser(
-        prog="bigbatch convert", description="Turn a checkpoint into a Hugging Face folder."
-    )
+    parser = Parser(prog="bigbatch convert", description="Turn a checkpoint into a Hugging Face folder.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights written (default fp32)")

@@ -1,6 +1,5 @@
 """Say which fused parts are in use on this machine, and why not the others: `bigbatch doctor`."""
 
-import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -16,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from bigbatch.recipes.core.arguments import Parser
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ class Part(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Print the diagnosis; the exit status is 1 when there is something to mend."""
-    parser = argparse.ArgumentParser(prog="bigbatch doctor", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="bigbatch doctor", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")
     as_json = parser.parse_args(argv).as_json
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet on standard output when imported

@@ -5,8 +5,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 from bigbatch.recipes.core.run_home import enter_home
 
@@ -166,13 +167,8 @@ def _sampling(arguments: argparse.Namespace, document: dict[str, Any], text_mode
     return Sampling(**(trained | asked | rest))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(self.prog, f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="bigbatch generate", description="Generate text with a model.")
+    parser = Parser(prog="bigbatch generate", description="Generate text with a model.")
     parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
     parser.add_argument("--prompt", action="append", help="text to go on with; - reads standard input; repeatable")
     parser.add_argument("--max-new-tokens", type=_number(int, 1), help="stop after this many tokens (100)")

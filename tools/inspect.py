@@ -1,6 +1,5 @@
 """`bigbatch checkpoint ls | verify RUN_DIR`: what there is, and whether it is whole."""
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.checkpoint import CheckpointDamagedError, Reader, checkpoint_dirs, step_of
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 
@@ -17,7 +17,7 @@ EXIT_DAMAGED = 1
 
 def main(argv: list[str]) -> int:
     """Run the verb `checkpoint`."""
-    parser = argparse.ArgumentParser(prog="bigbatch checkpoint", description="List or verify a run's checkpoints.")
+    parser = Parser(prog="bigbatch checkpoint", description="List or verify a run's checkpoints.")
     parser.add_argument("action", choices=("ls", "verify"))
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -1,12 +1,12 @@
 """Make one HTML page of a run, or of several to compare: it needs no network, no server and no other file."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 from bigbatch.tools import report_sections as section
 from bigbatch.tools.report_page import page
@@ -15,7 +15,7 @@ from bigbatch.tools.report_run import Run, Summary, clock, read_run, summarize
 
 def main(argv: list[str]) -> int:
     """Run `bigbatch report`; the path of the page goes to standard output."""
-    parser = argparse.ArgumentParser(prog="bigbatch report", description=__doc__)
+    parser = Parser(prog="bigbatch report", description=__doc__)
     parser.add_argument("run_dir", nargs="+", type=Path, help="a run folder; several are compared on one page")
     parser.add_argument("--out", type=Path, help="the page (RUN_DIR/report.html; for several: ./comparison.html)")
     arguments = parser.parse_args(argv)
