@@ -129,6 +129,8 @@ class Reporter:
             return
         self._report_window()
         self._write_event(step, kind, message, {"seconds": seconds})
+        if kind == "failed":  # told once, in one line, by who ends the process
+            return
         took = f"  ({seconds:.1f} s)" if seconds else ""
         self._terminal.say(f"step {step:,}  {kind}{': ' if message else ''}{message}{took}")
 

@@ -17,7 +17,6 @@ import torch.distributed
 from bigbatch.recipes.core.engine import import_deepspeed
 from bigbatch.recipes.core.errors import UserError, as_user_error
 from bigbatch.recipes.core.parallel import Mesh
-from bigbatch.recipes.core.process import StopFlag  # noqa: F401 - train.py finds it here
 
 
 def start_mesh() -> Mesh:

@@ -20,9 +20,9 @@ from bigbatch.recipes.core.data.sampler import chain_hash, rank_slice, sample_or
 from bigbatch.recipes.core.engine import Engine, StepResult, partitioned_building, to_device
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.process import StopFlag
 from bigbatch.recipes.core.recipe import DataSplits, Samples
 from bigbatch.recipes.core.report import Reporter, StepRecord, measured_peak_flops
-from bigbatch.recipes.core.runtime import StopFlag
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -182,6 +182,8 @@ def _restore(run: Run, engine: Engine, mesh: Mesh, data: DataSplits) -> TrainSta
         f"resumed after step {state.step}: samples 0..{state.consumed_samples - 1} were seen, "
         f"next is {state.consumed_samples} (order {state.order_hash[:12]})"
     )
+    if state.step >= _last_step(run.config):
+        say(f"nothing is left to do: step {state.step} is the last (schedule.total_steps, schedule.stop_step)")
     return state
 
 
