@@ -59,6 +59,15 @@ class RMSNorm(nn.Module):
         return self.weight * values.to(hidden.dtype)
 
 
+def count_positions(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    """Count the tokens of each row, or of each document of a row, from 0: [B or 1, T]."""
+    index = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    if documents is None:
+        return index
+    is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return index - torch.where(is_first, index, 0).cummax(dim=1).values
+
+
 def rotary_table(positions: torch.Tensor, size: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
     """Return cosines and sines [2, ..., 1, E / 2] for positions [...] (https://arxiv.org/abs/2104.09864)."""
     frequencies = theta ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
@@ -126,7 +135,8 @@ class _ShortAttention(torch.autograd.Function):
         keys, values = _by_group(key, num_groups), _by_group(value, num_groups)  # [B * K, T, E]
         scores = queries.new_empty(batch * num_groups, queries.shape[1], length)
         torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=size**-0.5, out=scores)
-        scores.view(batch, num_heads, length, length).add_(mask.unsqueeze(1))
+        if mask is not None:
+            scores.view(batch, num_heads, length, length).add_(mask.unsqueeze(1))
         probabilities = torch.softmax(scores, -1, out=scores)
         ctx.save_for_backward(queries, keys, values, probabilities)
         ctx.shape = query.shape

@@ -23,8 +23,9 @@ def chunked_cross_entropy(
     ignore: int = -100,
     chunk_rows: int | None = None,
     num_classes: int | None = None,
+    bias: torch.Tensor | None = None,  # [V]
 ) -> torch.Tensor:
-    """Sum the cross-entropy of `hidden @ weight.T` against `labels` over the rows whose label is not `ignore`.
+    """Sum the cross-entropy of `hidden @ weight.T + bias` against `labels` over the rows whose label is not `ignore`.
 
     Rows of `weight` from `num_classes` on are padding: they have no probability and get no gradient.
     The result is a float32 scalar (float64 for float64 input), and so are the statistics of the softmax. The gradients
@@ -34,20 +35,23 @@ def chunked_cross_entropy(
     """
     if chunk_rows is None:
         chunk_rows = _default_chunk_rows(len(hidden), weight)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, ignore, chunk_rows, num_classes)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, ignore, chunk_rows, num_classes)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, ignore, chunk_rows, num_classes):
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden, weight, bias, labels, ignore, chunk_rows, num_classes):
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         loss = hidden.new_zeros((), dtype=_statistics_dtype(hidden))
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = None
+        grad_bias = torch.zeros_like(bias, dtype=loss.dtype) if wants_bias else None
         buffer = hidden.new_empty(min(chunk_rows, len(hidden)), weight.shape[0])
         for start in range(0, len(hidden), chunk_rows):
             chunk = hidden[start : start + chunk_rows]  # [C, D]
             logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])  # [C, V]
+            if bias is not None:
+                logits += bias
             if num_classes is not None:
                 logits[:, num_classes:] = -math.inf
             loss += _loss_and_gradient(logits, labels[start : start + chunk_rows], ignore)
@@ -56,7 +60,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if wants_weight:
                 product = _weight_gradient(logits, chunk)
                 grad_weight = product.to(loss.dtype) if grad_weight is None else grad_weight.add_(product)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=loss.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden.dtype
         return loss
 
@@ -70,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             else torch.mul(kept.to(grad_output.dtype), grad_output, out=kept.new_empty(kept.shape, dtype=ctx.dtype))
             for kept in ctx.saved_tensors
         )
-        return *scaled, None, None, None, None
+        return (*scaled, None, None, None, None)
 
 
 def _default_chunk_rows(num_rows: int, weight: torch.Tensor) -> int:

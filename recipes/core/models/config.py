@@ -63,3 +63,54 @@ class DecoderSection(Section):
         if self.feed_forward_size:
             return self.feed_forward_size
         return 4 * self.hidden_size if self.family == "gpt2" else -(-8 * self.hidden_size // (3 * 64)) * 64
+
+
+class EncoderSection(Section):
+    """A bidirectional transformer of BERT's family."""
+
+    norm: Literal["post", "pre"] = "post"
+    """post: each layer's sum is normed, as in BERT. pre: what enters a layer is, and the last hidden states."""
+    positions: Literal["absolute", "rotary"] = "absolute"
+    """absolute: learned vectors, as in BERT. rotary: queries and keys are turned by their position's angle."""
+    num_layers: PositiveInt = 12
+    hidden_size: PositiveInt = 768
+    num_heads: PositiveInt = 12
+    feed_forward_size: PositiveInt | None = None
+    """By default 4 times the hidden size."""
+    max_positions: PositiveInt = 512
+    num_segments: PositiveInt = 2
+    """Kinds of text in a row that a learned vector tells apart (BERT's token types)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    rope_theta: PositiveFloat = 10000.0
+    """rotary: the base of the frequencies."""
+    norm_epsilon: PositiveFloat = 1e-12
+    initializer_range: PositiveFloat = 0.02
+    vocabulary_multiple: PositiveInt = 64
+    """The embedding's rows are rounded up to a multiple of this: full tiles for the matrix unit."""
+    initialize_from: str | None = None
+    """A Hugging Face BERT folder to start from; its shape must equal this section's."""
+    recompute_activations: bool = False
+    """Keep one activation a layer and compute the others again in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.positions == "rotary" and self.head_size % 2:
+            raise ValueError(f"rotary positions need heads of an even size, not {self.hidden_size} / {self.num_heads}")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Numbers a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward layer, the default filled in."""
+        return self.feed_forward_size or 4 * self.hidden_size
+
+
+def padded_vocabulary(vocabulary_size: int, section: DecoderSection | EncoderSection) -> int:
+    """Return the embedding's number of rows for a tokenizer's vocabulary."""
+    return -(-vocabulary_size // section.vocabulary_multiple) * section.vocabulary_multiple

@@ -16,15 +16,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.layers import Embedding, Linear, RMSNorm, attend, attention_mask, gelu, rotary_table, rotate
+from bigbatch.recipes.core.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    attend,
+    attention_mask,
+    count_positions,
+    gelu,
+    rotary_table,
+    rotate,
+)
 from bigbatch.recipes.core.loss import chunked_cross_entropy
-from bigbatch.recipes.core.models.config import DecoderSection
+from bigbatch.recipes.core.models.config import DecoderSection, padded_vocabulary
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
-
-
-def padded_vocabulary(vocabulary_size: int, section: DecoderSection) -> int:
-    """Return the embedding's number of rows for a tokenizer's vocabulary."""
-    return -(-vocabulary_size // section.vocabulary_multiple) * section.vocabulary_multiple
 
 
 class Context(NamedTuple):
@@ -276,11 +281,7 @@ def _positions(tokens: torch.Tensor, documents: torch.Tensor | None, cache: KeyV
     """Count the tokens of each row, or of each document, from 0: [B or 1, T]."""
     if cache is not None:
         return cache.positions(tokens.shape[1])
-    index = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-    if documents is None:
-        return index
-    is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return index - torch.where(is_first, index, 0).cummax(dim=1).values
+    return count_positions(tokens, documents)
 
 
 def _norm(section: DecoderSection) -> nn.Module:

@@ -1,0 +1,376 @@
+"""The bidirectional transformer of BERT's family, written once as a list of layers, and its masked-language-model head.
+
+Every parameter is used only inside the forward pass of the module that owns it, which is where ZeRO-3 gathers it; the
+tied embedding belongs to two modules. Post-norm with absolute positions is BERT (https://arxiv.org/abs/1810.04805), to
+and from transformers' BertForMaskedLM; for the other forms transformers has no class.
+
+Shapes: B rows, T tokens, K targets a row, D hidden size, H heads, E size of a head, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.layers import (
+    Embedding,
+    Linear,
+    attend,
+    attention_mask,
+    count_positions,
+    rotary_table,
+    rotate,
+)
+from bigbatch.recipes.core.loss import chunked_cross_entropy
+from bigbatch.recipes.core.models.config import EncoderSection, padded_vocabulary
+from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward pass share."""
+
+    rotary: torch.Tensor | None  # [2, B or 1, T, 1, E / 2]
+    mask: torch.Tensor | None  # [B, T, T], None: every token sees its whole row
+
+
+class MaskedLanguageModel(nn.Module):
+    """An encoder with the head that fills in masked tokens; the embedding's padding stays inside.
+
+    `named_parameters` names the tied embedding once, `encoder.embed.tokens.weight`.
+    """
+
+    def __init__(self, section: EncoderSection, vocabulary_size: int) -> None:
+        super().__init__()
+        self.section = section
+        self.vocabulary_size = vocabulary_size
+        self.encoder = Encoder(section, vocabulary_size)
+        self.head = FillHead(section, vocabulary_size, self.encoder.embed.tokens)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,  # [B, T]
+        targets: torch.Tensor | None = None,  # [B, K], where the masked tokens stand in their rows
+        labels: torch.Tensor | None = None,  # [B, K], what they were; -100 counts not
+        positions: torch.Tensor | None = None,  # [B, T]
+        documents: torch.Tensor | None = None,  # [B, T]
+        segments: torch.Tensor | None = None,  # [B, T]
+    ) -> torch.Tensor:
+        """Return the logits [B, T, V], or those at `targets` [B, K, V], or with labels the loss summed over them."""
+        hidden = self.encoder(tokens, positions, documents, segments)
+        if targets is not None:
+            hidden = hidden.gather(1, targets.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        return self.head(hidden, labels)
+
+    def layers(self) -> list[nn.Module]:
+        """List the modules in order of use, as a pipeline divides them."""
+        return [self.encoder.embed, *self.encoder.blocks, self.encoder.norm, self.head]
+
+
+class Encoder(nn.Module):
+    """The layers without a head; weights are drawn as BERT's, normal with `initializer_range`."""
+
+    def __init__(self, section: EncoderSection, vocabulary_size: int) -> None:
+        super().__init__()
+        self.section = section
+        self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section))
+        self.blocks = nn.ModuleList(Block(section) for _ in range(section.num_layers))
+        self.norm = _norm(section) if section.norm == "pre" else nn.Identity()
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the hidden states [B, T, D] of tokens [B, T]; the others, each [B, T], may be left out.
+
+        With `documents` a token sees only the tokens of its own number, and positions start anew with each number,
+        whose tokens stand side by side; `positions` overrides. Without `segments` all tokens are of the first kind.
+        """
+        if tokens.shape[1] > self.section.max_positions:
+            message = f"{self.section.max_positions}, but a sequence has {tokens.shape[1]} tokens"
+            raise UserError("model.max_positions", message)
+        if positions is None:
+            positions = count_positions(tokens, documents)
+        hidden = self.embed(tokens, positions, torch.zeros_like(tokens) if segments is None else segments)
+        context = self._context(hidden, positions, documents)
+        for block in self.blocks:
+            if self.section.recompute_activations and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, context, use_reentrant=False)
+            else:
+                hidden = block(hidden, context)
+        return self.norm(hidden)
+
+    def _context(self, hidden: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor | None) -> Context:
+        section, rotary, mask = self.section, None, None
+        if section.positions == "rotary":
+            rotary = rotary_table(positions, section.head_size, section.rope_theta, hidden.dtype)
+        if documents is not None:
+            mask = attention_mask(documents.unsqueeze(1) == documents.unsqueeze(2), hidden.dtype)
+        return Context(rotary, mask)
+
+
+class InputEmbedding(nn.Module):
+    """The sum of token, segment and absolute position vectors, normed in the post-norm form."""
+
+    def __init__(self, section: EncoderSection, num_rows: int) -> None:
+        super().__init__()
+        size, deviation = section.hidden_size, section.initializer_range
+        self.tokens = Embedding(num_rows, size, deviation)
+        self.segments = Embedding(section.num_segments, size, deviation)
+        is_absolute = section.positions == "absolute"
+        self.positions = Embedding(section.max_positions, size, deviation) if is_absolute else None
+        self.norm = _norm(section) if section.norm == "post" else nn.Identity()
+        self.dropout = nn.Dropout(section.dropout)
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        """Return the first hidden states [B, T, D] of tokens [B, T] at positions [B or 1, T]."""
+        hidden = self.tokens(tokens) + self.segments(segments)
+        if self.positions is not None:
+            hidden = hidden + self.positions(positions)
+        return self.dropout(self.norm(hidden))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each added to what entered it, and a norm behind or before each."""
+
+    def __init__(self, section: EncoderSection) -> None:
+        super().__init__()
+        self.is_post_norm = section.norm == "post"
+        self.attention = Attention(section)
+        self.attention_norm = _norm(section)
+        self.feed_forward = FeedForward(section)
+        self.feed_forward_norm = _norm(section)
+        self.dropout = nn.Dropout(section.dropout)
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        """Map hidden states [B, T, D] to the next ones."""
+        if self.is_post_norm:
+            hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, context)))
+            return self.feed_forward_norm(hidden + self.dropout(self.feed_forward(hidden)))
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), context))
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+
+
+class Attention(nn.Module):
+    """Self-attention in both directions; the rows of `qkv` are all query heads, then the keys', then the values'."""
+
+    def __init__(self, section: EncoderSection) -> None:
+        super().__init__()
+        self.num_heads, self.head_size, self.dropout = section.num_heads, section.head_size, section.dropout
+        size = section.hidden_size
+        self.qkv = Linear(size, 3 * size, True, section.initializer_range)
+        self.out = Linear(size, size, True, section.initializer_range)
+
+    def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        """Mix the hidden states [B, T, D] of a row's tokens."""
+        query, key, value = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(2)
+        if context.rotary is not None:
+            query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        dropout = self.dropout if self.training else 0.0
+        return self.out(attend(query, key, value, context.mask, False, dropout))
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward layer, with the exact GELU."""
+
+    def __init__(self, section: EncoderSection) -> None:
+        super().__init__()
+        self.up = Linear(section.hidden_size, section.inner_size, True, section.initializer_range)
+        self.down = Linear(section.inner_size, section.hidden_size, True, section.initializer_range)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map hidden states [B, T, D] one by one."""
+        return self.down(F.gelu(self.up(hidden)))
+
+
+class FillHead(nn.Module):
+    """A layer of its own, then the logits; it makes the loss too, for this is where ZeRO-3 gathers the tied weight."""
+
+    def __init__(self, section: EncoderSection, vocabulary_size: int, tied: Embedding) -> None:
+        super().__init__()
+        self.vocabulary_size = vocabulary_size
+        self.transform = Linear(section.hidden_size, section.hidden_size, True, section.initializer_range)
+        self.norm = _norm(section)
+        self.weight = tied.weight
+        self.bias = nn.Parameter(torch.zeros(padded_vocabulary(vocabulary_size, section)))
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits [B, T, V] of hidden states [B, T, D], or the loss summed over labels [B, T]."""
+        hidden = self.norm(F.gelu(self.transform(hidden)))
+        if labels is None:
+            return F.linear(hidden, self.weight, self.bias)[..., : self.vocabulary_size]
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), self.weight, labels.flatten(), num_classes=self.vocabulary_size, bias=self.bias
+        )
+
+
+def _norm(section: EncoderSection) -> nn.LayerNorm:
+    return nn.LayerNorm(section.hidden_size, section.norm_epsilon)
+
+
+# ----------------------------------------------------------------------------------- to and from Hugging Face
+
+
+def hugging_face_config(section: EncoderSection, vocabulary_size: int) -> dict[str, Any]:
+    """Return the config.json under which transformers builds the same model; raise UserError where it has none."""
+    for key, only in (("norm", "post"), ("positions", "absolute")):
+        if getattr(section, key) != only:
+            found = getattr(section, key)
+            raise UserError(f"model.{key}", f"is {found!r}; transformers' BERT has only {only!r}")
+    return {
+        "architectures": ["BertForMaskedLM"],
+        "model_type": "bert",
+        "vocab_size": vocabulary_size,
+        "num_hidden_layers": section.num_layers,
+        "hidden_size": section.hidden_size,
+        "num_attention_heads": section.num_heads,
+        "intermediate_size": section.inner_size,
+        "max_position_embeddings": section.max_positions,
+        "type_vocab_size": section.num_segments,
+        "hidden_act": "gelu",
+        "layer_norm_eps": section.norm_epsilon,
+        "hidden_dropout_prob": section.dropout,
+        "attention_probs_dropout_prob": section.dropout,
+        "initializer_range": section.initializer_range,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    }
+
+
+def hugging_face_tensors(section: EncoderSection, vocabulary_size: int) -> dict[str, list[Piece]]:
+    """Return, for each name of `MaskedLanguageModel.named_parameters`, the Hugging Face tensors it is made of."""
+    size = section.hidden_size
+    table = encoder_tensors(section, vocabulary_size, "encoder.")
+    table["head.transform.weight"] = [Piece("cls.predictions.transform.dense.weight", 0, size)]
+    table["head.transform.bias"] = [Piece("cls.predictions.transform.dense.bias", 0, size)]
+    table |= _norm_pieces(section, "head.norm", "cls.predictions.transform.LayerNorm")
+    table["head.bias"] = [Piece("cls.predictions.bias", 0, vocabulary_size)]
+    return table
+
+
+def encoder_tensors(section: EncoderSection, vocabulary_size: int, prefix: str = "") -> dict[str, list[Piece]]:
+    """Return the same for an `Encoder` whose parameters' names begin with `prefix`."""
+    ours, theirs = f"{prefix}embed", "bert.embeddings"
+    table = {
+        f"{ours}.tokens.weight": [Piece(f"{theirs}.word_embeddings.weight", 0, vocabulary_size)],
+        f"{ours}.segments.weight": [Piece(f"{theirs}.token_type_embeddings.weight", 0, section.num_segments)],
+        f"{ours}.positions.weight": [Piece(f"{theirs}.position_embeddings.weight", 0, section.max_positions)],
+    }
+    table |= _norm_pieces(section, f"{ours}.norm", f"{theirs}.LayerNorm")
+    for index in range(section.num_layers):
+        table |= _layer(section, f"{prefix}blocks.{index}", f"bert.encoder.layer.{index}")
+    return table
+
+
+def hugging_face_state(model: MaskedLanguageModel) -> dict[str, torch.Tensor]:
+    """Return all weights as a Hugging Face folder holds them."""
+    table = hugging_face_tensors(model.section, model.vocabulary_size)
+    parameters = dict(model.named_parameters())
+    return {piece.name: to_hugging_face(parameters[name].detach(), piece) for name in table for piece in table[name]}
+
+
+def section_from_hugging_face(config: dict[str, Any]) -> EncoderSection:
+    """Describe a folder's model by its config.json; raise UserError for what the native encoder does not have."""
+    for key, only in _FIXED.items():
+        if config.get(key, only) != only:
+            raise UserError("config.json", f"{key} is {config[key]!r}; the native BERT has {only!r}")
+    if not isinstance(config.get("vocab_size"), int):
+        raise UserError("config.json", f"vocab_size is {config.get('vocab_size')!r}; right is a number of tokens")
+    values = {ours: config[theirs] for ours, theirs in _FIELDS.items() if config.get(theirs) is not None}
+    try:
+        return EncoderSection(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = _FIELDS.get(str(problem["loc"][0]), "") if problem["loc"] else ""
+        raise UserError("config.json", f"{key}: {problem['msg']}".lstrip(": ")) from None
+
+
+def load_hugging_face(model: MaskedLanguageModel, folder: Path) -> None:
+    """Fill a model with the weights of a BERT folder, safetensors only; raise UserError if it is of another model.
+
+    The pooler and the next-sentence head of a folder stay unread.
+    """
+    config = read_json(folder / "config.json")
+    found, section = section_from_hugging_face(config), model.section
+    for key in _SHAPE:
+        ours, theirs = getattr(section, key), getattr(found, key)
+        if ours != theirs:
+            shown = "feed_forward_size" if key == "inner_size" else key
+            raise UserError(f"model.{shown}", f"{ours}, but the model in {folder} has {theirs}")
+    if config["vocab_size"] != model.vocabulary_size:
+        message = f"the tokenizer has {model.vocabulary_size} tokens, the model in {folder} {config['vocab_size']}"
+        raise UserError("model.initialize_from", message)
+    weights = WeightFolder(folder)
+    table = hugging_face_tensors(section, config["vocab_size"])
+    if "bert.embeddings.LayerNorm.gamma" in weights.files:  # folders converted from BERT's first release
+        table = {name: [_with_first_name(piece) for piece in pieces] for name, pieces in table.items()}
+    load_pieces(model, table, weights, _UNREAD)
+
+
+_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "feed_forward_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "num_segments": "type_vocab_size",
+    "norm_epsilon": "layer_norm_eps",
+    "initializer_range": "initializer_range",
+    "dropout": "hidden_dropout_prob",
+}
+_SHAPE = ("norm", "positions", "num_layers", "hidden_size", "num_heads", "inner_size", "max_positions")
+_SHAPE += ("num_segments", "norm_epsilon")
+# What config.json may say where our encoder has no choice, if it says anything.
+_FIXED: dict[str, Any] = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+    "tie_word_embeddings": True,
+}
+_UNREAD = (
+    ".bert.embeddings.position_ids",
+    ".bert.pooler.dense.weight",
+    ".bert.pooler.dense.bias",
+    ".cls.seq_relationship.weight",
+    ".cls.seq_relationship.bias",
+    ".cls.predictions.decoder.weight",  # the tied embedding and the bias once more
+    ".cls.predictions.decoder.bias",
+)
+
+
+def _with_first_name(piece: Piece) -> Piece:
+    name = piece.name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    return piece._replace(name=name)
+
+
+def _norm_pieces(section: EncoderSection, ours: str, theirs: str) -> dict[str, list[Piece]]:
+    return {f"{ours}.{kind}": [Piece(f"{theirs}.{kind}", 0, section.hidden_size)] for kind in ("weight", "bias")}
+
+
+def _layer(section: EncoderSection, ours: str, theirs: str) -> dict[str, list[Piece]]:
+    size = section.hidden_size
+    table = _norm_pieces(section, f"{ours}.attention_norm", f"{theirs}.attention.output.LayerNorm")
+    table |= _norm_pieces(section, f"{ours}.feed_forward_norm", f"{theirs}.output.LayerNorm")
+    query, key, value = (f"attention.self.{name}" for name in ("query", "key", "value"))
+    for name, parts in (
+        ("attention.qkv", ((query, size), (key, size), (value, size))),
+        ("attention.out", (("attention.output.dense", size),)),
+        ("feed_forward.up", (("intermediate.dense", section.inner_size),)),
+        ("feed_forward.down", (("output.dense", size),)),
+    ):
+        for kind in ("weight", "bias"):
+            pieces, start = [], 0
+            for their_name, rows in parts:
+                pieces.append(Piece(f"{theirs}.{their_name}.{kind}", start, start + rows))
+                start += rows
+            table[f"{ours}.{name}.{kind}"] = pieces
+    return table
