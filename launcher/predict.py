@@ -7,17 +7,23 @@ from typing import Any
 
 from bigbatch.recipes.core.config import OptimizerSection, TokenizerSection
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.config import DecoderSection
+from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, padded_vocabulary
 
 ASSUMED_CHARACTERS = 256  # how many different ones a text has is not known before it is read
 
 _MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "adamw_8bit": 2, "lion": 1, "adagrad": 1}
 
 
-def count_parameters(model: DecoderSection, vocabulary_size: int) -> int:
-    """Count the decoder's parameters, tied embeddings once."""
+def count_parameters(model: DecoderSection | EncoderSection, vocabulary_size: int) -> int:
+    """Count the model's parameters, tied embeddings once."""
     hidden, feed_forward = model.hidden_size, model.inner_size
-    embedding = -(-vocabulary_size // model.vocabulary_multiple) * model.vocabulary_multiple * hidden
+    rows = padded_vocabulary(vocabulary_size, model)
+    if isinstance(model, EncoderSection):
+        positions = model.max_positions if model.positions == "absolute" else 0
+        layer = 4 * hidden * hidden + 2 * hidden * feed_forward + 9 * hidden + feed_forward
+        head = hidden * hidden + 3 * hidden + rows
+        return (rows + positions + model.num_segments + 2) * hidden + model.num_layers * layer + head
+    embedding = rows * hidden
     outer = embedding if model.tie_embeddings else 2 * embedding
     if model.family == "gpt2":  # biases everywhere, two parameters a normalized feature, learned positions
         layer = 4 * hidden * hidden + 2 * hidden * feed_forward + 9 * hidden + feed_forward
@@ -37,7 +43,7 @@ def vocabulary_size(tokenizer: TokenizerSection) -> int:
     """Return the tokenizer's size, exact for one that exists; raise UserError for a file that is none."""
     if tokenizer.kind == "character":
         return ASSUMED_CHARACTERS
-    if tokenizer.kind == "bpe":
+    if tokenizer.kind in ("bpe", "wordpiece"):
         return tokenizer.vocabulary_size or 0
     path = locate(tokenizer.path or "")
     return _size_of_file(path / "tokenizer.json" if path.is_dir() else path)

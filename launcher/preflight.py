@@ -15,7 +15,7 @@ from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.batch import check_batch
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
 from bigbatch.recipes.core.errors import UserError, one_line
-from bigbatch.recipes.core.models.config import DecoderSection
+from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
 
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly
@@ -178,7 +178,7 @@ def _disk(config: Any, run_dir: Path) -> Iterator[Finding]:
         yield Finding(
             "run-folder", "error", str(run_dir), f"{existing} cannot be written to", "choose another --run-dir"
         )
-    if not isinstance(getattr(config, "model", None), DecoderSection):
+    if not isinstance(getattr(config, "model", None), DecoderSection | EncoderSection):
         return
     size, keeps = _checkpoint_bytes(config), config.checkpoint
     stay = config.schedule.total_steps // keeps.keep_every_steps if keeps.keep_every_steps else 0
@@ -195,7 +195,7 @@ def _disk(config: Any, run_dir: Path) -> Iterator[Finding]:
 
 def _numbers(config: Any) -> Iterator[Finding]:
     model, data = getattr(config, "model", None), getattr(config, "data", None)
-    if not isinstance(model, DecoderSection) or not isinstance(data, TokenDataSection):
+    if not isinstance(model, DecoderSection | EncoderSection) or not isinstance(data, TokenDataSection):
         return
     parameters = _amount(count_parameters(model, vocabulary_size(data.tokenizer)), "")
     about = "about " if data.tokenizer.kind == "character" else ""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from bigbatch.launcher.problems import Problem, shown
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
-from bigbatch.recipes.core.models.config import DecoderSection
+from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
 
 
 def broken_rules(config: RunConfig) -> list[Problem]:
@@ -44,15 +44,16 @@ def _tokenizer_is_whole(config: RunConfig) -> Iterator[Problem]:
     data = getattr(config, "data", None)
     if not isinstance(data, TokenDataSection):
         return
-    if data.tokenizer.kind == "bpe" and data.tokenizer.vocabulary_size is None:
-        yield Problem("data.tokenizer.vocabulary_size", "missing; a bpe needs one, for example 32000")
+    kind = data.tokenizer.kind
+    if kind in ("bpe", "wordpiece") and data.tokenizer.vocabulary_size is None:
+        yield Problem("data.tokenizer.vocabulary_size", f"missing; a {kind} needs one, for example 32000")
     if data.tokenizer.kind == "pretrained" and data.tokenizer.path is None:
         yield Problem("data.tokenizer.path", "missing; kind pretrained needs a tokenizer.json or a folder with one")
 
 
 def _sequence_fits(config: RunConfig) -> Iterator[Problem]:
     model, data = getattr(config, "model", None), getattr(config, "data", None)
-    if not isinstance(model, DecoderSection) or not isinstance(data, TokenDataSection):
+    if not isinstance(model, DecoderSection | EncoderSection) or not isinstance(data, TokenDataSection):
         return
     if data.sequence_length > model.max_positions:
         found, limit = data.sequence_length, model.max_positions
@@ -79,6 +80,14 @@ def _scales_dynamically(run: RunConfig) -> bool:
     return run.precision.dtype == "fp16" and run.precision.static_loss_scale is None
 
 
+def _trains_a_tokenizer(run: Any) -> bool:
+    return run.data.tokenizer.kind in ("bpe", "wordpiece")
+
+
+def _is_rotary(run: Any) -> bool:
+    return getattr(run.model, "family", None) == "llama" or getattr(run.model, "positions", None) == "rotary"
+
+
 _EFFECTS = (
     _Effect("optimizer.momentum", lambda run: run.optimizer.name == "sgd", "optimizer.name sgd"),
     _Effect("optimizer.betas", lambda run: run.optimizer.name not in ("sgd", "adagrad"), "an optimizer with moments"),
@@ -95,9 +104,10 @@ _EFFECTS = (
         "data.validation_split", lambda run: run.data.validation_fraction > 0, "a data.validation_fraction above 0"
     ),
     _Effect("data.tokenizer.path", lambda run: run.data.tokenizer.kind == "pretrained", "kind pretrained"),
-    _Effect("data.tokenizer.vocabulary_size", lambda run: run.data.tokenizer.kind == "bpe", "kind bpe"),
-    _Effect("data.tokenizer.train_characters", lambda run: run.data.tokenizer.kind == "bpe", "kind bpe"),
-    _Effect("model.rope_theta", lambda run: run.model.family == "llama", "model.family llama"),
+    _Effect("data.tokenizer.vocabulary_size", _trains_a_tokenizer, "kind bpe or wordpiece"),
+    _Effect("data.tokenizer.train_characters", _trains_a_tokenizer, "kind bpe or wordpiece"),
+    _Effect("data.tokenizer.lowercase", lambda run: run.data.tokenizer.kind == "wordpiece", "kind wordpiece"),
+    _Effect("model.rope_theta", _is_rotary, "rotary positions"),
     _Effect("model.initializer_range", lambda run: run.model.initialize_from is None, "weights drawn here"),
     _Effect("sample.top_k", lambda run: run.sample.temperature > 0, "a sample.temperature above 0"),
     _Effect("sample.top_p", lambda run: run.sample.temperature > 0, "a sample.temperature above 0"),

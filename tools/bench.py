@@ -20,7 +20,10 @@ from bigbatch.recipes.core.report import UTILIZATION_FORMULA, measured_peak_flop
 
 
 class Contestant(Protocol):
-    """Somebody's train step, set up and ready."""
+    """Somebody's train step, set up and ready.
+
+    One whose batches hold padding has an attribute `useful_tokens`: how many tokens of a step are none, on average.
+    """
 
     name: str
 
@@ -47,7 +50,7 @@ class Result(NamedTuple):
     tokens_per_second: float
     model_flops_utilization: float
     ratio: float
-    """This project's speed over this contestant's: median over the rounds."""
+    """This project's useful tokens a second over this contestant's: median over the rounds."""
     loss: float
     """Of the last step, to see that all learn the same."""
 
@@ -74,7 +77,8 @@ def bench_train(run_dir: Path, rounds: int, steps: int, as_json: bool) -> int:
         run.recipe.flops_per_sample(run.config, data.facts),
         measured_peak_flops(train.DTYPES[run.config.precision.dtype]),
     )
-    results = summarize(seconds, losses, work)
+    useful = {c.name: tokens for c in contestants if (tokens := getattr(c, "useful_tokens", None))}
+    results = summarize(seconds, losses, work, useful)
     facts = {
         "content_id": run.content_id,
         "dtype": run.config.precision.dtype,
@@ -92,19 +96,26 @@ def bench_train(run_dir: Path, rounds: int, steps: int, as_json: bool) -> int:
     return EXIT_DONE
 
 
-def summarize(seconds: dict[str, list[list[float]]], losses: dict[str, float], work: Work) -> list[Result]:
-    """Turn the seconds of each contestant's steps, round by round, into figures; the first one is the measure."""
+def summarize(
+    seconds: dict[str, list[list[float]]],
+    losses: dict[str, float],
+    work: Work,
+    useful_tokens: dict[str, float] | None = None,
+) -> list[Result]:
+    """Turn the seconds of each contestant's steps, round by round, into figures; the first one is the measure.
+
+    `useful_tokens` a step are given for those whose batches hold padding, on which no operation counts.
+    """
+    all_tokens = work.samples_per_step * work.tokens_per_sample
     medians = {name: [statistics.median(times) for times in rounds] for name, rounds in seconds.items()}
     ours = next(iter(medians.values()))
     results = []
     for name, rounds in seconds.items():
         median = statistics.median(time for times in rounds for time in times)
-        samples_per_second = work.samples_per_step / median
+        tokens = (useful_tokens or {}).get(name, all_tokens)
         ratio = statistics.median(other / own for own, other in zip(ours, medians[name], strict=True))
-        utilization = work.flops_per_sample * samples_per_second / work.peak_flops
-        results.append(
-            Result(name, median, samples_per_second * work.tokens_per_sample, utilization, ratio, losses[name])
-        )
+        utilization = work.flops_per_sample / work.tokens_per_sample * tokens / median / work.peak_flops
+        results.append(Result(name, median, tokens / median, utilization, ratio * all_tokens / tokens, losses[name]))
     return results
 
 

@@ -86,7 +86,7 @@ def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 
         _write_weights(partial, reader, export.tensors, DTYPES[dtype], max_ram_bytes)
         _write_rest(partial, export, facts, dtype)
         tokens = _real_text(recipe, config)
-        parity = compare(partial, reader, recipe, config, tokens, DTYPES[dtype])
+        parity = compare(partial, reader, recipe, config, tokens, DTYPES[dtype], export.auto_class)
         if not parity.largest_difference <= parity.bound:
             raise UserError(
                 str(out),
@@ -115,12 +115,20 @@ def _open(run_dir: Path) -> Reader:
     return reader
 
 
-def compare(folder: Path, reader: Reader, recipe: Any, config: Any, tokens: np.ndarray, dtype: torch.dtype) -> Parity:
+def compare(
+    folder: Path,
+    reader: Reader,
+    recipe: Any,
+    config: Any,
+    tokens: np.ndarray,
+    dtype: torch.dtype,
+    auto_class: str = "AutoModelForCausalLM",
+) -> Parity:
     """Run transformers' own model from the folder and ours from the checkpoint, in float32, on tokens [B, T].
 
     Both read their weights a module at a time; ours are rounded to `dtype`, which the folder has.
     """
-    theirs = _transformers_model(folder)
+    theirs = _transformers_model(folder, auto_class)
     with torch.device("meta"):
         ours = recipe.build_model(config, reader.manifest["facts"], initialize=False).eval()
     read_lazily(ours, lambda name: reader.read(name).to(dtype).float())
@@ -135,19 +143,18 @@ def compare(folder: Path, reader: Reader, recipe: Any, config: Any, tokens: np.n
     return Parity(float(torch.stack(differences).max()), float(torch.stack(logits).max()), tokens.size)
 
 
-def _transformers_model(folder: Path) -> torch.nn.Module:
+def _transformers_model(folder: Path, auto_class: str) -> torch.nn.Module:
     """Build transformers' class on the meta device, with weights that come as they are needed."""
     import accelerate
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
     with accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    embedding = model.get_input_embeddings().weight
+        model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32).eval()
     weights = WeightFolder(folder)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # A tied head has no tensor of its own in the file, and the empty model has forgotten what it was tied to.
-    read_lazily(model, lambda name: weights.read(name if name in weights.files else names[id(embedding)]).float())
+    # A tied head has no tensor of its own in the file, and the empty model has forgotten that it is tied.
+    tied: dict[str, str] = model.all_tied_weights_keys
+    read_lazily(model, lambda name: weights.read(name if name in weights.files else tied[name]).float())
     return model
 
 
@@ -200,11 +207,12 @@ def _parts(reader: Reader, name: str, piece: Piece, dtype: torch.dtype, window_b
 
 def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) -> None:
     """Write configuration and generation settings, and copy the tokenizer."""
-    end = facts["end_of_text"]
-    ids = {"bos_token_id": end, "eos_token_id": end}
+    end, generates = facts["end_of_text"], export.generation is not None
+    ids = {"bos_token_id": end, "eos_token_id": end} if generates else {}
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     write_text(folder / "config.json", {**export.config, **ids, "dtype": names[dtype]})
-    write_text(folder / "generation_config.json", {**ids, **export.generation})
+    if generates:
+        write_text(folder / "generation_config.json", {**ids, **export.generation})
     tokenizer = Path(facts["tokenizer"])
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():

@@ -46,13 +46,16 @@ class CleanSection(Section):
 class TokenizerSection(Section):
     """Where the tokenizer comes from."""
 
-    kind: Literal["bpe", "character", "pretrained"] = "bpe"
+    kind: Literal["bpe", "wordpiece", "character", "pretrained"] = "bpe"
+    """bpe: on bytes, as GPT-2's. wordpiece: as BERT's, each document between [CLS] and [SEP]."""
     path: str | None = None
     """A tokenizer.json, or a folder that holds one; for kind `pretrained` alone."""
     vocabulary_size: PositiveInt | None = None
-    """How many tokens a `bpe` trained here may have."""
+    """How many tokens a `bpe` or `wordpiece` trained here may have."""
+    lowercase: bool = True
+    """wordpiece: small letters without accents."""
     train_characters: PositiveInt = 200_000_000
-    """A `bpe` is trained on the first this many characters of the training texts."""
+    """A `bpe` or `wordpiece` is trained on the first this many characters of the training texts."""
 
 
 class TokenDataSection(Section):
@@ -69,6 +72,8 @@ class TokenDataSection(Section):
     text_key: str = "text"
     """Column that holds the text in .jsonl, .csv, .tsv, .parquet and Hugging Face data."""
     clean: CleanSection = CleanSection()
+    unit: Literal["text", "line", "sentence"] = "text"
+    """What becomes a document of its own: a whole text, each line of it, or each sentence."""
     tokenizer: TokenizerSection = TokenizerSection()
     sequence_length: PositiveInt
     """Tokens a sample."""

@@ -50,8 +50,10 @@ class HuggingFaceExport(NamedTuple):
     """config.json."""
     tensors: dict[str, list[Any]]
     """For each of our parameters, its pieces in Hugging Face's names (models/hugging_face.py)."""
-    generation: dict[str, Any]
-    """generation_config.json."""
+    generation: dict[str, Any] | None = None
+    """generation_config.json, for a model that writes text."""
+    auto_class: str = "AutoModelForCausalLM"
+    """The class of transformers that builds it."""
 
 
 class Recipe(Protocol):

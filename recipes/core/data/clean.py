@@ -11,6 +11,16 @@ _LINE_END = re.compile(r"\r\n?")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
+_UNIT_ENDS = {"line": re.compile(r"\n"), "sentence": re.compile(r"(?<=[.!?])\s+|\n\s*\n")}
+
+
+def units(text: str, unit: str) -> list[str]:
+    """Cut a text into its lines or sentences (a sentence ends at . ! ? before whitespace, or at an empty line)."""
+    if unit == "text":
+        return [text]
+    return [part.strip() for part in _UNIT_ENDS[unit].split(text) if part.strip()]
+
+
 def clean(text: str, section: CleanSection) -> str | None:
     """Return the text to train on, or None for a document that is too short, surrounding whitespace not counted.
 

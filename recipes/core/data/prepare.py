@@ -20,7 +20,7 @@ import xxhash
 
 from bigbatch.recipes.core.config import Section, TokenDataSection
 from bigbatch.recipes.core.data import tokenizing
-from bigbatch.recipes.core.data.clean import clean
+from bigbatch.recipes.core.data.clean import clean, units
 from bigbatch.recipes.core.data.manifest import (
     MANIFEST_FILE,
     MANIFEST_VERSION,
@@ -263,7 +263,7 @@ def _batches(data: TokenDataSection, work: list[Work], start: Position, seen: Se
             islice(read_documents(item.file, data.text_key), skipped, None), skipped + 1
         ):
             parts = _parts(_kept(document.text, data, counts, seen), item.split, data)
-            texts += parts
+            texts += [(split, unit) for split, part in parts for unit in units(part, data.unit)]
             characters += sum(len(part) for _, part in parts)
             if characters >= BATCH_CHARACTERS:
                 position = _position(number, num_read, file_hashes, counts)

@@ -36,6 +36,18 @@ def sample_order(seed: int, num_samples: int, start: int, count: int) -> Order:
     return Order(ids.astype(np.int64), epochs)
 
 
+def random_words(seed: int, order: Order, stream: int, length: int) -> np.ndarray:
+    """Return [count, length] uint64 of random bits, each a pure function of (seed, id, epoch, stream, place).
+
+    SplitMix64 counted from a mixed key; `stream` numbers the uses within one sample.
+    """
+    key = _mix(np.full(len(order.ids), (seed + stream * GOLDEN) % 2**64, np.uint64))
+    for numbers in (order.ids, order.epochs):
+        key = _mix(key + (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
+    places = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return _mix(key[:, None] + places)
+
+
 def rank_slice(consumed: int, micro_step: int, micro_size: int, data_rank: int, data_ranks: int) -> range:
     """Return the positions in the run's order that a data rank computes in one micro-batch.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.manifest import write_atomically
@@ -22,6 +22,16 @@ UNKNOWN = "<|unknown|>"
 # What a brought tokenizer without a configuration may call the end of a text, the most telling name first.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 DEFAULT_VOCABULARY_SIZE = 32_768
+CLASS, SEPARATOR, MASK = "[CLS]", "[SEP]", "[MASK]"
+WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", CLASS, SEPARATOR, MASK)
+WORDPIECE_SETTINGS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": CLASS,
+    "sep_token": SEPARATOR,
+    "mask_token": MASK,
+    "eos_token": SEPARATOR,
+}
 BYTE_TOKENS = 256
 PIECE_CHARACTERS = 2**15
 GROUP_CHARACTERS = 2**19
@@ -34,6 +44,8 @@ class TextTokenizer(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     end_of_text: int
     """The token that ends every document."""
+    begin_of_text: int | None
+    """The token that begins every document, where the tokenizer has one for classes ([CLS])."""
     vocabulary_size: int
     """The largest token plus one."""
     fingerprint: str
@@ -45,7 +57,7 @@ def make_tokenizer(section: TokenizerSection, texts: Iterable[str], folder: Path
     A `character` tokenizer, too, sees no more than `train_characters`; where there are more, it has a token for unknown
     characters, else none.
     """
-    if section.kind != "bpe" and section.vocabulary_size is not None:
+    if section.kind not in ("bpe", "wordpiece") and section.vocabulary_size is not None:
         raise UserError("data.tokenizer.vocabulary_size", f"has no effect on kind {section.kind!r}; remove it")
     if section.kind != "pretrained" and section.path is not None:
         raise UserError("data.tokenizer.path", f"has no effect on kind {section.kind!r}; remove it")
@@ -54,6 +66,8 @@ def make_tokenizer(section: TokenizerSection, texts: Iterable[str], folder: Path
         tokenizer, settings = _open_given(section)
     elif section.kind == "bpe":
         tokenizer = _train_bpe(section, texts)
+    elif section.kind == "wordpiece":
+        tokenizer, settings = _train_wordpiece(section, texts), WORDPIECE_SETTINGS
     else:
         tokenizer = _list_characters(section, texts)
         if tokenizer.token_to_id(UNKNOWN) is not None:
@@ -69,12 +83,14 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     path = folder / TOKENIZER_FILE
     tokenizer = _open_file(path, str(path))
     vocabulary = tokenizer.get_vocab()
-    end_of_text = vocabulary[_read_settings(folder)["eos_token"]]
-    return TextTokenizer(tokenizer, end_of_text, max(vocabulary.values()) + 1, fingerprint(path))
+    settings = _read_settings(folder)
+    begin_of_text = vocabulary.get(token_name(settings, "cls_token"))
+    size = max(vocabulary.values()) + 1
+    return TextTokenizer(tokenizer, vocabulary[settings["eos_token"]], begin_of_text, size, fingerprint(path))
 
 
 def encode_documents(tokenizer: TextTokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Return each document's tokens [length] uint32 with the end-of-text token behind, on all cores.
+    """Return each document's tokens [length] uint32 between its first and last special tokens, on all cores.
 
     A text that spells a special token gets ordinary tokens. A long text is encoded in pieces, cut where words end,
     which gives the same tokens for any tokenizer that does not put a space before a text.
@@ -82,8 +98,9 @@ def encode_documents(tokenizer: TextTokenizer, texts: list[str]) -> list[np.ndar
     tokenizer.tokenizer.encode_special_tokens = True
     cut = [list(pieces(text)) for text in texts]
     encoded = _encode(tokenizer.tokenizer, [piece for parts in cut for piece in parts])
+    begin = np.array([] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text], np.uint32)
     end = np.array([tokenizer.end_of_text], np.uint32)
-    return [np.concatenate([*itertools.islice(encoded, len(parts)), end]) for parts in cut]
+    return [np.concatenate([begin, *itertools.islice(encoded, len(parts)), end]) for parts in cut]
 
 
 def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str, where: str) -> list[int]:
@@ -160,6 +177,28 @@ def _train_bpe(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.To
     return tokenizer
 
 
+def _train_wordpiece(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """Train a WordPiece with BERT's normalizer and word splitting (https://arxiv.org/abs/1810.04805, section 3)."""
+    size = section.vocabulary_size or DEFAULT_VOCABULARY_SIZE
+    if size <= len(WORDPIECE_SPECIAL):
+        least = len(WORDPIECE_SPECIAL)
+        raise UserError("data.tokenizer.vocabulary_size", f"is {size}; the special tokens alone take {least}")
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 - no password
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=section.lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=list(WORDPIECE_SPECIAL), continuing_subword_prefix="##", show_progress=False
+    )
+    limited = _limited(texts, section.train_characters)
+    tokenizer.train_from_iterator((piece for text in limited for piece in pieces(text)), trainer)
+    ids = [(name, tokenizer.token_to_id(name)) for name in (CLASS, SEPARATOR)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{CLASS} $A {SEPARATOR}", pair=f"{CLASS} $A {SEPARATOR} $B:1 {SEPARATOR}:1", special_tokens=ids
+    )
+    return tokenizer
+
+
 def _list_characters(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.Tokenizer:
     characters: set[str] = set()
     room = section.train_characters
@@ -194,8 +233,8 @@ def _open_given(section: TokenizerSection) -> tuple[tokenizers.Tokenizer, dict[s
     settings = _read_settings(path.parent) if path.name == TOKENIZER_FILE else {}
     if (template := path.with_name(TEMPLATE_FILE)).is_file():
         settings["chat_template"] = template.read_text("utf-8")
-    named = settings.get("eos_token")
-    names = [named["content"] if isinstance(named, dict) else named] if named else END_OF_TEXT_NAMES
+    named = token_name(settings, "eos_token") or token_name(settings, "sep_token")
+    names = [named] if named else END_OF_TEXT_NAMES
     known = [name for name in names if tokenizer.token_to_id(name) is not None]
     if not known:
         raise UserError("data.tokenizer.path", f"{path} has no token that ends a text; looked for {', '.join(names)}")
@@ -207,6 +246,12 @@ def _open_file(path: Path, where: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
         raise UserError(where, f"{path} is not a tokenizer.json: {error}") from None
+
+
+def token_name(settings: dict[str, Any], key: str) -> str:
+    """Return how a tokenizer_config.json spells a special token, "" for one that it does not have."""
+    named = settings.get(key) or ""
+    return named["content"] if isinstance(named, dict) else named
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
