@@ -1,0 +1,175 @@
+"""BERT pretraining under every plan: against the golden losses, transformers' own model, and itself resumed.
+
+BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/bert_pretrain.json anew; say in the change why the losses are other ones.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bigbatch.recipes.bert_pretrain import recipe
+from bigbatch.recipes.bert_pretrain.config import BertPretrainConfig
+from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
+from bigbatch.recipes.core.data.sampler import sample_order
+from bigbatch.tools.convert import convert
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "bert_pretrain.json"
+STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 8, 3, 1e-2
+FORMS = {"bert": {}, "pre_rotary": {"norm": "pre", "positions": "rotary"}}
+STAGES, RANKS = (0, 1, 2, 3), (1, 2)
+RESUMED = (("dropout", 1, 1), ("dropout", 2, 3))
+
+
+@pytest.fixture(scope="module")
+def trained(run_program, make_document, tmp_path_factory):
+    """Train every document under all its plans in one start; return the folder that holds the runs."""
+    out = tmp_path_factory.mktemp("bert")
+    plans = []
+    sample = {"prompts": ["The old [MASK] finds a [MASK]."], "candidates": 2}
+    for form, shape in FORMS.items():
+        (out / f"{form}.json").write_text(json.dumps(make_document(out, model=shape, sample=sample)))
+        plans += [(form, ranks, stage, None) for ranks in RANKS for stage in STAGES]
+    lamb = make_document(out, optimizer={"name": "lamb", "betas": [0.9, 0.999], "epsilon": 1e-6})
+    (out / "lamb.json").write_text(json.dumps(lamb))
+    plans += [("lamb", 1, 1, None), ("lamb", 2, 2, None)]
+    words = make_document(out, model={"dropout": 0.1}, masking={"whole_words": True})
+    for name in ("dropout", "dropout_whole"):
+        (out / f"{name}.json").write_text(json.dumps(words))
+        plans += [(name, *plan[1:], 2 if name == "dropout" else None) for plan in RESUMED]
+    (out / "plans.json").write_text(json.dumps(plans))
+    run_program(Path(__file__).with_name("train_documents.py"), out)
+    return out
+
+
+def rows(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
+    found = rows(out / f"{name}_{ranks}_{stage}", "train")
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in found]
+
+
+@pytest.fixture(scope="module")
+def golden(trained):
+    """Return the losses that are kept, by form; write them first when asked to."""
+    if os.environ.get("BIGBATCH_WRITE_GOLDEN") == "1":
+        content = {form: losses(trained, form, 1, 0) for form in FORMS}
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(content, indent=2) + "\n")
+    return json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("form", FORMS)
+def test_five_steps_give_the_golden_losses_under_every_plan(trained, golden, form, ranks, stage):
+    manifest = Reader(checkpoint_dir(trained / f"{form}_{ranks}_{stage}", STEPS)).manifest
+    assert (manifest["ranks"], manifest["zero_stage"]) == (ranks, stage)
+    assert losses(trained, form, ranks, stage) == pytest.approx(golden[form], rel=1e-4)
+
+
+def test_the_golden_losses_are_those_of_a_model_that_learns(golden):
+    for form in FORMS:
+        assert golden[form][0] - golden[form][-1] > 0.2
+
+
+def test_lamb_takes_the_same_steps_on_two_ranks(trained):
+    alone = losses(trained, "lamb", 1, 1)
+    assert losses(trained, "lamb", 2, 2) == pytest.approx(alone, rel=1e-4)
+    assert alone[0] - alone[-1] > 0.02
+
+
+@pytest.mark.parametrize(("_name", "ranks", "stage"), RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained, _name, ranks, stage):
+    whole = losses(trained, "dropout_whole", ranks, stage)
+    assert losses(trained, "dropout", ranks, stage) == whole
+    assert len(set(whole)) == STEPS
+
+
+def test_the_report_shows_masks_filled_in_alike_under_every_plan(trained):
+    texts = [rows(trained / f"bert_{ranks}_{stage}", "text")[-1] for ranks, stage in ((1, 0), (2, 3))]
+    (sample,) = texts[0]["samples"]
+    assert sample["prompt"] == "The old [MASK] finds a [MASK]."
+    assert [len(part.split(", ")) for part in sample["text"].split("; ")] == [2, 2]
+    assert texts[0]["samples"] == texts[1]["samples"]
+
+
+def test_transformers_own_model_takes_the_same_steps(trained, golden):
+    """Train BertForMaskedLM from the same first weights on the same masks, each document kept apart by its mask."""
+    config = BertPretrainConfig.model_validate_json((trained / "bert_1_0" / "run.json").read_text())
+    data = recipe.open_data(config)
+    torch.manual_seed(SEED)
+    model = recipe.build_model(config, data.facts)
+    export = recipe.hugging_face(config, data.facts)
+    theirs = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**export.config))
+    parameters = dict(model.named_parameters())
+    state = {
+        piece.name: parameters[name].detach()[piece.start : piece.stop].clone()
+        for name, pieces in export.tensors.items()
+        for piece in pieces
+    }
+    theirs.load_state_dict(state, strict=False)
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95))
+    found = []
+    for step in range(STEPS):
+        order = sample_order(SEED, data.train.num_samples, step * GLOBAL_SIZE, GLOBAL_SIZE)
+        batch = {name: torch.from_numpy(array) for name, array in data.train.batch(*order).items()}
+        apart = batch["documents"].unsqueeze(1) == batch["documents"].unsqueeze(2)
+        labels = torch.full_like(batch["tokens"], -100)
+        counts = batch["labels"] != -100
+        labels[counts.nonzero()[:, 0], batch["targets"][counts]] = batch["labels"][counts]
+        loss = theirs(
+            input_ids=batch["tokens"],
+            attention_mask=apart.unsqueeze(1),
+            position_ids=batch["positions"],
+            labels=labels,
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    assert found == pytest.approx(golden["bert"], rel=1e-4)
+
+
+def test_a_converted_run_fills_in_for_transformers_as_it_does_here(trained, tmp_path):
+    out = tmp_path / "converted"
+    parity = convert(trained / "bert_2_3", out)
+    assert parity.largest_difference <= 1e-5 * max(1.0, parity.largest_logit)
+    assert not (out / "generation_config.json").exists()
+    fill = transformers.pipeline("fill-mask", model=str(out), tokenizer=str(out), top_k=2, device="cpu")
+    found = fill("The old [MASK] finds a [MASK].")
+    theirs = [[f"{c['token_str']} {c['score']:.0%}" for c in gap] for gap in found]
+    (sample,) = rows(trained / "bert_2_3", "text")[-1]["samples"]
+    assert [part.split(", ") for part in sample["text"].split("; ")] == theirs
+
+
+def test_the_second_phase_goes_on_from_the_first_ones_converted_folder(trained, tmp_path):
+    out = tmp_path / "first_phase"
+    convert(trained / "bert_1_1", out)
+    document = json.loads((trained / "bert_1_1" / "run.json").read_text())
+    document["model"]["initialize_from"] = str(out)
+    document["data"]["tokenizer"] = {"kind": "pretrained", "path": str(out)}
+    document["data"]["sequence_length"] = 40
+    config = BertPretrainConfig.model_validate_json(json.dumps(document))
+    recipe.prepare(config)
+    data = recipe.open_data(config)
+    model = recipe.build_model(config, data.facts)
+    batch = data.train.batch(np.arange(16), np.zeros(16, int))
+    assert batch["tokens"].shape == (16, 40)
+    with torch.no_grad():
+        result = recipe.loss(model, {name: torch.from_numpy(array) for name, array in batch.items()})
+    first = losses(trained, "bert", 1, 1)
+    assert result.sum.item() / result.num_targets < first[0] - 0.2  # what phase 1 learned is there
