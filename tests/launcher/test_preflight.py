@@ -14,7 +14,7 @@ from bigbatch.launcher.predict import checkpoint_bytes, count_parameters
 from bigbatch.launcher.preflight import check, check_run, has_errors, render, to_json
 from bigbatch.launcher.resolve import resolve
 from bigbatch.recipes.core.config import OptimizerSection
-from bigbatch.recipes.core.models.config import DecoderSection
+from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
 
 DATA = Path(os.environ.get("BIGBATCH_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -225,3 +225,18 @@ def test_the_shakespeare_preset_finds_its_data(monkeypatch):
     assert told(findings) == []
     # 1,115,394 characters, nine tenths of them to train on, 1000 a step
     assert any(line.startswith("data.train: about 1,003 steps an epoch, ") for line in told(findings, "info"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "pre", "positions": "rotary"}], ids=["bert", "pre_rotary"])
+def test_an_encoders_parameters_are_counted_without_building_it(changes):
+    from bigbatch.recipes.core.models.encoder import MaskedLanguageModel
+
+    section = EncoderSection(num_layers=2, hidden_size=32, num_heads=4, feed_forward_size=48, **changes)
+    built = sum(parameter.numel() for parameter in MaskedLanguageModel(section, 101).parameters())
+    # The last norm is where each form has one: behind the embedding or behind the layers.
+    assert count_parameters(section, 101) == built
+
+
+def test_the_published_size_of_bert_base_is_met():
+    # transformers' BertForMaskedLM of bert-base-uncased: 109,514,298; ours has 6 rows of padding.
+    assert count_parameters(EncoderSection(), 30522) == 109_514_298 + 6 * (768 + 1)

@@ -42,6 +42,14 @@ def test_a_machine_that_slows_down_half_way_changes_no_ratio():
     assert ratios == pytest.approx([2.0, 2.0])
 
 
+def test_only_useful_tokens_count_where_batches_hold_padding():
+    seconds = {"ours": [[0.2], [0.2]], "padded": [[0.4], [0.4]]}
+    ours, padded = summarize(seconds, {"ours": 1.0, "padded": 1.0}, WORK, {"padded": 1024.0})  # a quarter
+    assert padded.tokens_per_second == pytest.approx(1024 / 0.4)
+    assert padded.ratio == pytest.approx(2 * 4)
+    assert padded.model_flops_utilization == pytest.approx(ours.model_flops_utilization / 8)
+
+
 @pytest.fixture
 def document(tmp_path):
     """Write a run document of a tiny GPT far from uniform guesses, whose batch is the whole training set."""

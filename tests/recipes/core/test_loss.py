@@ -138,3 +138,14 @@ def test_the_whole_matrix_of_logits_never_exists():
         chunked_cross_entropy(hidden, weight, labels, chunk_rows=16).backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 16 * 4096 * 4 <= largest < logits_bytes / 4
+
+
+def test_a_bias_is_added_to_the_logits_and_gets_its_gradient():
+    hidden, weight, labels = problem()
+    bias = torch.randn(50, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_rows=8, bias=bias)
+    expected = F.cross_entropy(hidden @ weight.T + bias, labels, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    wanted = (hidden, weight, bias)
+    pairs = zip(torch.autograd.grad(loss / 7, wanted), torch.autograd.grad(expected / 7, wanted), strict=True)
+    assert all(relative(found, reference) < 1e-6 for found, reference in pairs)

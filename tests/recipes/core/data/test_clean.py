@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch.recipes.core.config import CleanSection
-from bigbatch.recipes.core.data.clean import clean
+from bigbatch.recipes.core.data.clean import clean, units
 
 
 def test_line_ends_become_line_feeds_and_control_characters_go():
@@ -38,3 +38,10 @@ def test_cleaning_twice_is_cleaning_once(text):
     once = clean(text, section)
     assert clean(once, section) == once
     assert all(unicodedata.category(character) != "Cc" for character in once if character not in "\n\t")
+
+
+def test_lines_and_sentences_become_units_of_their_own():
+    text = "One 3.5 ends here. Two\ngoes on!  Three?\n\nA title\n \nFour."
+    assert units(text, "text") == [text]
+    assert units(text, "line") == ["One 3.5 ends here. Two", "goes on!  Three?", "A title", "Four."]
+    assert units(text, "sentence") == ["One 3.5 ends here.", "Two\ngoes on!", "Three?", "A title", "Four."]

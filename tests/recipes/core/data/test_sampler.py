@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbatch.recipes.core.data.sampler import chain_hash, rank_slice, sample_order
+from bigbatch.recipes.core.data.sampler import Order, chain_hash, random_words, rank_slice, sample_order
 
 
 @settings(deadline=None)
@@ -55,6 +55,21 @@ def test_any_sample_is_equally_likely_at_any_place(num_samples):
     for place in (0, 1, num_samples // 2, num_samples - 1):
         counts = np.bincount(ids[:, place] * 20 // num_samples, minlength=20)
         assert ((counts - epochs / 20) ** 2 / (epochs / 20)).sum() < 43.8  # 19 degrees of freedom, p = 0.001
+
+
+def test_random_words_are_uniform_and_those_of_a_sample_are_its_own():
+    order = Order(np.arange(500), np.zeros(500, np.int64))
+    words = random_words(1, order, 0, 40)
+    assert words.shape == (500, 40)
+    assert len(np.unique(words)) == 20_000
+    for shift in (0, 32, 56):  # low, middle and high bits
+        counts = np.bincount((words.ravel() >> np.uint64(shift) & np.uint64(255)).astype(int), minlength=256)
+        assert ((counts - 20_000 / 256) ** 2 / (20_000 / 256)).sum() < 330  # 255 degrees of freedom, p = 0.001
+    picked = np.array([77, 3])
+    assert (random_words(1, Order(picked, np.zeros(2, np.int64)), 0, 25) == words[picked, :25]).all()
+    for seed, epoch, stream in ((2, 0, 0), (1, 1, 0), (1, 0, 1)):
+        other = random_words(seed, Order(order.ids, np.full(500, epoch)), stream, 40)
+        assert not np.isin(other, words).any()
 
 
 def test_neither_neighbours_nor_epochs_nor_seeds_are_correlated():

@@ -156,3 +156,37 @@ def test_settings_that_cannot_be_are_refused(tmp_path, monkeypatch, changes, mes
     with pytest.raises(UserError) as caught:
         make_tokenizer(TokenizerSection(**changes), ["text"], tmp_path)
     assert str(caught.value).startswith(message)
+
+
+def test_a_wordpiece_is_berts_between_class_and_separator(tmp_path, english):
+    section = TokenizerSection(kind="wordpiece", vocabulary_size=600)
+    ours = make_tokenizer(section, [*AWKWARD, english[:150_000]], tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert theirs.convert_ids_to_tokens(range(5)) == special
+    assert (theirs.mask_token, theirs.pad_token, ours.begin_of_text, ours.end_of_text) == ("[MASK]", "[PAD]", 2, 3)
+    assert len(theirs) == ours.vocabulary_size == 600
+    for text in [*AWKWARD, english[:5000]]:
+        assert encode_documents(ours, [text])[0].tolist() == theirs(text)["input_ids"]
+    assert theirs.decode(theirs("First Citizen: Speak.")["input_ids"], skip_special_tokens=True).startswith("first c")
+    cased = make_tokenizer(section.model_copy(update={"lowercase": False}), [english[:150_000]], tmp_path)
+    assert cased.tokenizer.encode("First", add_special_tokens=False).tokens[0].startswith("F")
+
+
+def test_a_wordpiece_smaller_than_its_special_tokens_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"vocabulary_size: is 5; the special tokens alone take 5"):
+        make_tokenizer(TokenizerSection(kind="wordpiece", vocabulary_size=5), ["a"], tmp_path)
+
+
+def test_berts_own_vocabulary_gives_its_own_tokens(tmp_path, real_data):
+    from transformers import BertTokenizerFast
+
+    given_folder, out = tmp_path / "given", tmp_path / "out"
+    vocabulary = real_data / "tokenizer_vocabs" / "bert-base-uncased-vocab.txt"
+    names = vocabulary.read_text("utf-8").splitlines()
+    theirs = BertTokenizerFast(vocab={name: number for number, name in enumerate(names)})
+    theirs.save_pretrained(given_folder)
+    out.mkdir()
+    ours = make_tokenizer(TokenizerSection(kind="pretrained", path=str(given_folder)), [], out)
+    assert (ours.vocabulary_size, ours.begin_of_text, ours.end_of_text) == (30522, 101, 102)
+    assert encode_documents(ours, ["Hello, world!"])[0].tolist() == [101, 7592, 1010, 2088, 999, 102]
