@@ -1,11 +1,12 @@
 """run_mlm's rows, as `bigbatch bench train` feeds them to transformers' Trainer."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from bigbatch.launcher import cli
 from bigbatch.recipes.bert_pretrain import recipe
 from bigbatch.recipes.bert_pretrain.config import BertPretrainConfig
 from bigbatch.recipes.bert_pretrain.contestants import PaddedDocuments, _row
@@ -24,7 +25,7 @@ def test_padded_rows_hold_one_sentence_each_and_count_no_padding(opened):
     assert lines.num_samples > 100
     assert (lines.rows[:, 0] == begin).all()
     assert (lines.rows == begin).sum() == lines.num_samples  # no row holds two
-    assert 8 < lines.mean_tokens < 16  # a sentence of six words and its full stop, in pieces
+    assert 8 < lines.mean_tokens < 20  # a sentence of six words and its full stop, in pieces
     ids = np.arange(lines.num_samples)
     batch = lines.batch(ids, np.zeros_like(ids))
     assert batch["useful"].sum() / lines.num_samples == pytest.approx(lines.mean_tokens)
@@ -44,15 +45,18 @@ def test_a_row_for_transformers_has_the_same_targets(opened):
     assert row["attention_mask"].all()
 
 
-def test_the_benchmark_measures_all_three_in_useful_tokens(make_document, tmp_path, capsys):
+def test_the_benchmark_measures_all_three_in_useful_tokens(make_document, tmp_path):
     document = make_document(tmp_path, data={"unit": "sentence"}, batch={"global_size": 8, "micro_size": None})
     path = tmp_path / "document.json"
     path.write_text(json.dumps(document))
-    assert cli.main(["bench", "train", str(path), "--rounds", "1", "--steps", "1", "--json"]) == 0
-    measured = json.loads(capsys.readouterr().out)
+    command = [sys.executable, "-m", "bigbatch.launcher.cli", "bench", "train", str(path)]
+    command += ["--rounds", "1", "--steps", "1", "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    measured = json.loads(ended.stdout)
     names = ["bigbatch", "run_mlm, texts cut", "run_mlm, line by line"]
     assert [row["name"] for row in measured["results"]] == names
     ours, cut, lines = (row["tokens_per_second"] * row["step_seconds"] for row in measured["results"])
     assert ours == pytest.approx(8 * 32)
     assert cut == pytest.approx(8 * 32)
-    assert 8 * 8 < lines < 8 * 16
+    assert 8 * 8 < lines < 8 * 20
