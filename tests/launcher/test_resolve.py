@@ -11,6 +11,7 @@ from bigbatch.launcher.problems import InvalidDocumentError
 from bigbatch.launcher.resolve import compare, resolve
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.migrations import migrate
+from bigbatch.recipes.core.recipe import recipe_names
 from bigbatch.recipes.gpt.config import GptConfig
 
 SMALL = {
@@ -128,7 +129,7 @@ def test_set_takes_json_and_else_a_string(small, override, path, value):
         ("learning_rate=3", "--set learning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),
         ("data.train.0=x", "--set data.train.0: data.train has no keys of its own; replace it whole"),
         ("seed", "--set: 'seed' has no value; right is section.key=value"),
-        ("recipe=gtp", "recipe: there is no recipe 'gtp'; there are: gpt"),
+        ("recipe=gtp", f"recipe: there is no recipe 'gtp'; there are: {', '.join(recipe_names())}"),
         ("data.train=x.txt", 'data.train: found "x.txt"; right is a list'),
         ("data.train=[]", "data.train: found []; right is 1 or more elements"),
         ("schedule.total_steps=1e3", "schedule.total_steps: found 1000.0; right is an integer"),
