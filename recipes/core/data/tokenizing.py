@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ UNKNOWN = "<|unknown|>"
 # What a brought tokenizer without a configuration may call the end of a text, the most telling name first.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 DEFAULT_VOCABULARY_SIZE = 32_768
+WORDPIECE_LETTERS = 1000  # rarer ones are unknown
 CLASS, SEPARATOR, MASK = "[CLS]", "[SEP]", "[MASK]"
 WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", CLASS, SEPARATOR, MASK)
 WORDPIECE_SETTINGS = {
@@ -178,25 +180,51 @@ def _train_bpe(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.To
 
 
 def _train_wordpiece(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """Train a WordPiece with BERT's normalizer and word splitting (https://arxiv.org/abs/1810.04805, section 3)."""
+    """Train a WordPiece with BERT's normalizer and word splitting (https://arxiv.org/abs/1810.04805, section 3).
+
+    The texts are held in memory: they are read twice.
+    """
     size = section.vocabulary_size or DEFAULT_VOCABULARY_SIZE
     if size <= len(WORDPIECE_SPECIAL):
         least = len(WORDPIECE_SPECIAL)
         raise UserError("data.tokenizer.vocabulary_size", f"is {size}; the special tokens alone take {least}")
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 - no password
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=section.lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    normalizer = normalizers.BertNormalizer(lowercase=section.lowercase)
+    parts = [piece for text in _limited(texts, section.train_characters) for piece in pieces(text)]
+    letters, continuing = _wordpiece_letters(parts, normalizer)
+    trained = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 - no password
+    trained.normalizer, trained.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=list(WORDPIECE_SPECIAL), continuing_subword_prefix="##", show_progress=False
+        vocab_size=size,
+        special_tokens=[*WORDPIECE_SPECIAL, *continuing],
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        show_progress=False,
     )
-    limited = _limited(texts, section.train_characters)
-    tokenizer.train_from_iterator((piece for text in limited for piece in pieces(text)), trainer)
+    trained.train_from_iterator(parts, trainer)
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))  # noqa: S106
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, trained.pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(list(WORDPIECE_SPECIAL))
     ids = [(name, tokenizer.token_to_id(name)) for name in (CLASS, SEPARATOR)]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLASS} $A {SEPARATOR}", pair=f"{CLASS} $A {SEPARATOR} $B:1 {SEPARATOR}:1", special_tokens=ids
     )
     return tokenizer
+
+
+def _wordpiece_letters(texts: list[str], normalizer: Any) -> tuple[list[str], list[str]]:
+    """Return the letters that begin words, and those that go on with one, as tokens.
+
+    The trainer would number the latter in the order of a hash map, another one in every process, and break ties between
+    merges by these numbers; given beforehand they make the vocabulary a function of the texts.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    common = sorted((letter for letter in counts if not letter.isspace()), key=lambda c: (-counts[c], c))
+    letters = sorted(common[:WORDPIECE_LETTERS])
+    return letters, [f"##{letter}" for letter in letters if len(split(f"a{letter}")) == 1]
 
 
 def _list_characters(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.Tokenizer:

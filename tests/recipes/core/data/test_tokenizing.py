@@ -173,6 +173,14 @@ def test_a_wordpiece_is_berts_between_class_and_separator(tmp_path, english):
     assert cased.tokenizer.encode("First", add_special_tokens=False).tokens[0].startswith("F")
 
 
+def test_a_wordpiece_is_the_same_each_time_it_is_trained(tmp_path, english):
+    section, texts = TokenizerSection(kind="wordpiece", vocabulary_size=700), [english[:60_000]]
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    assert len({make_tokenizer(section, texts, folder).fingerprint for folder in folders}) == 1
+
+
 def test_a_wordpiece_smaller_than_its_special_tokens_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"vocabulary_size: is 5; the special tokens alone take 5"):
         make_tokenizer(TokenizerSection(kind="wordpiece", vocabulary_size=5), ["a"], tmp_path)
