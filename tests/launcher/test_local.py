@@ -235,15 +235,16 @@ def test_a_closed_terminal_saves_as_a_termination_does_unless_the_user_has_said_
         {READY}
         time.sleep(60)
     """
-    process = launcher(body, tmp_path)
-    ready(pids)
-    process.send_signal(signal.SIGHUP)
-    assert "SIGTERM" in process.communicate(timeout=20)[1]
-    assert process.returncode == EXIT_REQUEUE
-    for file in pids.iterdir():
-        file.unlink()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited by what starts now
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # inherited by what starts now, whatever the tests run under
     try:
+        process = launcher(body, tmp_path)
+        ready(pids)
+        process.send_signal(signal.SIGHUP)
+        assert "SIGTERM" in process.communicate(timeout=20)[1]
+        assert process.returncode == EXIT_REQUEUE
+        for file in pids.iterdir():
+            file.unlink()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         process = launcher(body, tmp_path)
     finally:
         signal.signal(signal.SIGHUP, before)
