@@ -58,13 +58,33 @@ class TokenizerSection(Section):
     """A `bpe` or `wordpiece` is trained on the first this many characters of the training texts."""
 
 
+class TableSource(Section):
+    """Files of rows, and what their names do not say about them."""
+
+    path: str
+    """A file, folder, glob or `hf:NAME[:CONFIG[:SPLIT]]`; `ARCHIVE.zip!MEMBER` is a file in an archive."""
+    format: Literal["txt", "lines", "csv", "tsv", "jsonl", "parquet"] | None = None
+    """By default what the file's name ends with. `lines`: a row is a line of text, in the column `text`."""
+    encoding: str = "utf-8"
+    columns: tuple[str, ...] = ()
+    """csv and tsv: the columns' names, where the first row does not hold them."""
+    pattern: str | None = None
+    """lines: a regular expression that each whole line matches; its named groups are the columns."""
+    constants: dict[str, str] = {}
+    """Further columns, with the same value in every row: {"label": "positive"} for a file of one class."""
+    take_every: Annotated[int, Field(gt=1)] | None = None
+    """Of each file, only the rows n, 2n, 3n, ... of its 1, 2, 3, ..."""
+    skip_every: Annotated[int, Field(gt=1)] | None = None
+    """Of each file, all rows but these."""
+
+
 class TokenDataSection(Section):
     """Running text for language models."""
 
-    train: Annotated[tuple[str, ...], Field(min_length=1)]
+    train: Annotated[tuple[str | TableSource, ...], Field(min_length=1)]
     """Sources: a file, folder or glob (.txt, .jsonl, .csv, .tsv, .parquet, also .gz), `hf:NAME[:CONFIG[:SPLIT]]`, or
     `python:stdlib`. A relative path is looked for here, then under $BIGBATCH_DATA."""
-    validation: tuple[str, ...] = ()
+    validation: tuple[str | TableSource, ...] = ()
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Cut from the training texts when there are no validation sources."""
     validation_split: Literal["document", "tail"] = "document"

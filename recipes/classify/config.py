@@ -1,0 +1,141 @@
+"""The run document of text classification."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bigbatch.recipes.core.config import (
+    CleanSection,
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RunConfig,
+    Section,
+    TableSource,
+    TokenizerSection,
+)
+from bigbatch.recipes.core.models.config import EncoderSection
+
+Source = str | TableSource
+
+
+class LabeledDataSection(Section):
+    """Texts with one label each, or several."""
+
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Sources of rows: a file, folder or glob (.csv, .tsv, .jsonl, .parquet, also .gz), `hf:NAME[:CONFIG[:SPLIT]]`, or an
+    object that says how to read one. A relative path is looked for here, then under $BIGBATCH_DATA."""
+    validation: tuple[Source, ...] = ()
+    test: tuple[Source, ...] = ()
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Cut from the training rows, of each label the same share, when there are no validation sources."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The same for the test split, cut first."""
+    split_seed: NonNegativeInt = 0
+    """Which rows are cut is a function of this and of their texts, not of the run's seed."""
+    text_columns: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
+    """Columns that hold the text, joined by a space."""
+    label_column: str = "label"
+    multi_label: bool = False
+    """A row may have any number of labels: a list in .jsonl, .parquet and Hugging Face data."""
+    label_separator: str = ","
+    """multi_label: what stands between the labels of a row where they are one text."""
+    labels: tuple[str, ...] = ()
+    """All labels, in the order of the model's outputs; by default those of the training rows, sorted."""
+    clean: CleanSection = CleanSection()
+    """`deduplicate` leaves out rows whose text has been seen before, ahead of any split."""
+    on_empty_text: Literal["fail", "skip"] = "fail"
+    on_unseen_label: Literal["fail", "skip"] = "fail"
+    """A label of a validation or test row that no training row has."""
+    on_leak: Literal["report", "drop", "fail"] = "report"
+    """Texts of the validation and test rows that stand in an earlier split too; `drop` leaves them out of the later."""
+    tokenizer: TokenizerSection = TokenizerSection(kind="wordpiece")
+    """Left out where the model is `initialize_from` another: it brings its own."""
+    sequence_length: PositiveInt
+    """Tokens of a text at most, the first and the last special ones counted."""
+    on_long_text: Literal["truncate", "window", "refuse"] = "truncate"
+    """A longer text is cut; or read in windows that overlap by half, whose logits are averaged; or an error."""
+    packing: bool = True
+    """Several texts share a row of `sequence_length` tokens, none sees another; otherwise rows are padded. Recurrent
+    layers have no padding either way."""
+    prepared_dir: str = "prepared"
+    """Prepared data go into a folder of this one, named by their content id."""
+
+
+class EncoderBackboneSection(Section):
+    """A BERT with a head: fine-tuned, or from first weights."""
+
+    backbone: Literal["encoder"]
+    initialize_from: str | None = None
+    """A run folder or checkpoint of bert_pretrain, or a Hugging Face folder; its tokenizer and shape come with it."""
+    encoder: EncoderSection | None = None
+    """The shape, where nothing is given to start from."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of all layers; by default as in the shape."""
+    head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    pooling: Literal["first", "mean"] = "first"
+    """first: the first token's state through a layer with tanh, as BERT does. mean: over the text's tokens."""
+    keep_head: bool = False
+    """Start with the folder's own head instead of drawing one; its labels must be these."""
+    redraw_layers: NonNegativeInt = 0
+    """Draw the last so many layers anew (https://arxiv.org/abs/2006.05987)."""
+    freeze_embeddings: bool = False
+    freeze_layers: NonNegativeInt = 0
+    """The first so many layers keep their weights, and the embeddings with them."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each layer learns at this times the rate of the one above (https://arxiv.org/abs/1801.06146, section 3.2)."""
+
+
+class AttentionBackboneSection(Section):
+    """Multi-head attention over embeddings, from first weights; learned queries gather each text's states."""
+
+    backbone: Literal["attention"]
+    embedding_size: PositiveInt = 128
+    num_layers: NonNegativeInt = 1
+    num_heads: PositiveInt = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+
+
+class RecurrentBackboneSection(Section):
+    """LSTM or GRU layers over embeddings, from first weights, without a step on padding."""
+
+    backbone: Literal["rnn"]
+    cell: Literal["lstm", "gru"] = "lstm"
+    bidirectional: bool = True
+    embedding_size: PositiveInt = 128
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    pooling: Literal["last", "mean", "max"] = "max"
+
+
+ModelSection = Annotated[
+    EncoderBackboneSection | AttentionBackboneSection | RecurrentBackboneSection, Field(discriminator="backbone")
+]
+
+
+class ObjectiveSection(Section):
+    """What is minimized."""
+
+    class_weights: Literal["none", "balanced"] | dict[str, PositiveFloat] = "none"
+    """balanced: inversely to how many training rows a label has; scaled so that their mean over the rows is 1."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance that a training token is replaced by the unknown one, drawn anew in every epoch."""
+    threshold: Fraction = 0.5
+    """multi_label: a label is given from this probability on."""
+
+
+class ClassifyConfig(RunConfig):
+    """Tell of which kind a text is."""
+
+    recipe: Literal["classify"] = "classify"
+    model: ModelSection
+    data: LabeledDataSection
+    objective: ObjectiveSection = ObjectiveSection()
+
+
+Config = ClassifyConfig
