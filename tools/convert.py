@@ -19,7 +19,7 @@ import torch
 
 from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.arguments import Parser
-from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, CheckpointDamagedError, Reader, newest
+from bigbatch.recipes.core.checkpoint import MASTER, Reader, open_checkpoint
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder
@@ -71,10 +71,10 @@ def main(argv: list[str]) -> int:
 
 
 def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 4 * 2**30) -> Parity:
-    """Convert the newest checkpoint of a run that verifies (or the one given) into the folder `out`."""
+    """Convert a run's best checkpoint, else its newest (or the one given), into the folder `out`."""
     if out.exists():
         raise UserError(str(out), "exists already; name a folder that does not")
-    reader = _open(run_dir)
+    reader = open_checkpoint(run_dir)
     document = reader.manifest["run"]
     recipe = recipes.find(document["recipe"])
     config = recipes.find_config(document["recipe"]).model_validate_json(json.dumps(document))
@@ -102,17 +102,6 @@ def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 
             raise mistake from error
         raise
     return parity
-
-
-def _open(run_dir: Path) -> Reader:
-    if not (run_dir / MANIFEST).exists():
-        return newest(run_dir)
-    try:
-        reader = Reader(run_dir)
-        reader.verify()
-    except CheckpointDamagedError as error:
-        raise UserError(str(run_dir), f"the checkpoint is damaged: {error}") from None
-    return reader
 
 
 def compare(

@@ -68,7 +68,7 @@ def save(run_dir: Path, engine: Engine, mesh: Mesh, state: dict[str, Any]) -> Pa
     with _agreed(mesh, folder):
         if mesh.is_writer:
             _commit(folder, mesh.world_size, {**state, **_engine_state(engine)})
-            _apply_retention(run_dir, engine.config, state["step"])
+            _apply_retention(run_dir, engine.config, state["step"], state.get("best_step", 0))
     return folder
 
 
@@ -83,6 +83,12 @@ def _owned(engine: Engine, mesh: Mesh) -> Iterator[tuple[Fragment, str, int, tor
         yield fragment, MASTER, fragment.start + begin, fragment.master[begin:end]
         for key in _present_keys(engine):
             yield fragment, key, fragment.start + begin, fragment.state(engine.optimizer, key)[begin:end]
+    for fragment in engine.frozen():
+        begin, end = 0, fragment.master.numel()
+        if engine.deepspeed.zero_optimization_stage() < 3:  # every rank has all of it
+            begin, end = (end * rank // mesh.data_ranks for rank in (mesh.data_rank, mesh.data_rank + 1))
+        if begin < end:
+            yield fragment, MASTER, fragment.start + begin, fragment.master[begin:end].float()
 
 
 def _present_keys(engine: Engine) -> tuple[str, ...]:
@@ -129,8 +135,8 @@ def _manifest_hash(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _apply_retention(run_dir: Path, config: RunConfig, newest_step: int) -> None:
-    """Remove what interrupted saves left, and all but the newest `keep` and the permanent checkpoints.
+def _apply_retention(run_dir: Path, config: RunConfig, newest_step: int, best_step: int) -> None:
+    """Remove what interrupted saves left, and all but the newest `keep`, the best and the permanent checkpoints.
 
     Those of later steps than the one just saved do not count: they did not verify when the run went on without them.
     """
@@ -139,7 +145,7 @@ def _apply_retention(run_dir: Path, config: RunConfig, newest_step: int) -> None
     debris = [folder for folder in checkpoint_dirs(run_dir) if folder not in whole]
     counted = [folder for folder in whole if step_of(folder) <= newest_step]
     surplus = [folder for folder in counted[config.checkpoint.keep :] if not every or step_of(folder) % every]
-    for folder in debris + surplus:
+    for folder in debris + [folder for folder in surplus if step_of(folder) != best_step]:
         _clear(folder)
 
 
@@ -227,6 +233,8 @@ def load_into(reader: "Reader", engine: Engine) -> None:
     if has_state:
         for flat, tensors in states.items():
             set_state(engine.optimizer, flat, tensors, steps)
+    for fragment in engine.frozen():
+        fragment.master.copy_(reader.read(fragment.name).view(-1)[fragment.start :][: fragment.master.numel()])
     for key, value in reader.manifest.get("loss_scaler", {}).items():
         if engine.loss_scaler:
             setattr(engine.loss_scaler, key, value)
@@ -236,9 +244,7 @@ def load_into(reader: "Reader", engine: Engine) -> None:
 def _check_shapes(reader: "Reader", module: torch.nn.Module) -> None:
     """Refuse a checkpoint of another model, naming the first tensor that differs."""
     shapes = {
-        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in module.named_parameters()
     }
     for name, shape in shapes.items():
         if name not in reader.tensors:
@@ -351,18 +357,43 @@ def newest(run_dir: Path) -> Reader:
     raise UserError(str(run_dir), "has no checkpoint that verifies (bigbatch checkpoint verify says more)")
 
 
-def load_weights(path: Path, model: torch.nn.Module) -> None:
-    """Copy the masters of a checkpoint (or of a run's newest) into a model's parameters, one tensor at a time.
-
-    Raise UserError if the checkpoint is damaged or of another model.
-    """
+def best(run_dir: Path) -> Reader:
+    """Open the checkpoint that is best by `evaluate.best_by`, where the run has that; else the newest that verifies."""
+    last = newest(run_dir)
+    step = last.manifest.get("best_step", 0)
+    if step in (0, last.manifest["step"]):
+        return last
     try:
-        reader = Reader(path) if (path / MANIFEST).exists() else newest(path)
+        reader = Reader(checkpoint_dir(run_dir, step))
+        reader.verify()
+    except (CheckpointDamagedError, OSError) as error:
+        raise UserError(str(checkpoint_dir(run_dir, step)), f"is the best checkpoint, and damaged: {error}") from None
+    return reader
+
+
+def open_checkpoint(path: Path) -> Reader:
+    """Open a checkpoint's folder, or a run's best checkpoint; raise UserError if it is damaged."""
+    if not (path / MANIFEST).exists():
+        return best(path)
+    try:
+        reader = Reader(path)
         reader.verify()
     except CheckpointDamagedError as error:
         raise UserError(str(path), f"the checkpoint is damaged: {error}") from None
+    return reader
+
+
+def load_weights(path: Path, model: torch.nn.Module) -> None:
+    """Copy the masters of a checkpoint (or of a run's best) into a model's parameters, one tensor at a time.
+
+    Raise UserError if the checkpoint is damaged or of another model.
+    """
+    fill(open_checkpoint(path), model)
+
+
+def fill(reader: Reader, model: torch.nn.Module) -> None:
+    """Copy a verified checkpoint's masters into a model's parameters; raise UserError if it is of another model."""
     _check_shapes(reader, model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(reader.read(name))
+            parameter.copy_(reader.read(name))

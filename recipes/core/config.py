@@ -1,8 +1,8 @@
 """The run document: one frozen section a concern, closed to unknown keys. Imports pydantic alone, never torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -191,6 +191,17 @@ class EvaluateSection(Section):
     every_steps: PositiveInt = 500
     max_samples: PositiveInt | None = None
     """Evaluate on the first this many samples; by default on all."""
+    best_by: str | None = None
+    """A validation figure (`loss`, `accuracy`, ...): the checkpoint that is best by it is kept, whatever
+    `checkpoint.keep` says, and is the one that evaluate, predict and convert take."""
+    patience: PositiveInt | None = None
+    """End the run after so many evaluations in a row that did not better `best_by`."""
+
+    @model_validator(mode="after")
+    def _patience_has_a_figure(self) -> Self:
+        if self.patience and not self.best_by:
+            raise ValueError("patience needs best_by, the validation figure that is to get better")
+        return self
 
 
 class ReportSection(Section):

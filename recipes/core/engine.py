@@ -13,7 +13,15 @@ from torch import nn
 
 from bigbatch.recipes.core.batch import plan_batch
 from bigbatch.recipes.core.config import RunConfig
-from bigbatch.recipes.core.fragments import Fragment, fragments, inner_optimizer, is_replicated, segments, write_back
+from bigbatch.recipes.core.fragments import (
+    Fragment,
+    fragments,
+    frozen,
+    inner_optimizer,
+    is_replicated,
+    segments,
+    write_back,
+)
 from bigbatch.recipes.core.optim import Lamb, build_optimizer
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.recipe import Batch, Loss
@@ -39,11 +47,18 @@ class StepResult(NamedTuple):
 class Engine:
     """A model under DeepSpeed: train steps, evaluation, and access to its state."""
 
-    def __init__(self, module: nn.Module, config: RunConfig, document: dict[str, Any], mesh: Mesh) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: RunConfig,
+        document: dict[str, Any],
+        mesh: Mesh,
+        learning_rate_scales: dict[str, float] | None = None,
+    ) -> None:
         """Wrap the module. Collective: every rank must call it."""
         self.config, self.mesh = config, mesh
         self._hook_norm = math.nan
-        optimizer = build_optimizer(config.optimizer, module)
+        optimizer = build_optimizer(config.optimizer, module, learning_rate_scales)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may step once while it sets up
         deepspeed = import_deepspeed()
@@ -67,6 +82,10 @@ class Engine:
     def fragments(self) -> list[Fragment]:
         """List this rank's pieces of the masters, with access to the optimizer's state."""
         return fragments(self.deepspeed)
+
+    def frozen(self) -> list[Fragment]:
+        """List this rank's pieces of the weights that are not trained, in their working format."""
+        return frozen(self.deepspeed, self.mesh.data_rank)
 
     def write_back(self) -> None:
         """Bring the working weights up to date with restored masters. Collective: every rank must call it."""
@@ -95,7 +114,7 @@ class Engine:
             engine.set_train_batch_size(plan.global_size)
         rate = self.config.optimizer.learning_rate * learning_rate_factor(self.config.schedule, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         loss_sum = 0.0
         scale = self.loss_scale
         for index, batch in enumerate(batches):

@@ -22,7 +22,7 @@ class Fragment(NamedTuple):
     """Of the whole logical parameter."""
     start: int
     """First element of the piece, in the flattened parameter."""
-    master: torch.Tensor  # [n] float32, a view
+    master: torch.Tensor  # [n] float32, a view; of a weight that is not trained, in its working format
     flat: torch.Tensor
     """The tensor that the optimizer steps on, and the key of its state."""
     offset: int
@@ -52,6 +52,20 @@ def fragments(engine: Any) -> list[Fragment]:
         found = _whole(groups, groups, names)
     order = {name: index for index, name in enumerate(names.values())}
     return sorted(found, key=lambda fragment: order[fragment.name])
+
+
+def frozen(engine: Any, data_rank: int) -> list[Fragment]:
+    """List this rank's pieces of the parameters that are not trained: whole ones, at stage 3 its partitions."""
+    found = []
+    for name, weight in engine.module.named_parameters():
+        if weight.requires_grad:
+            continue
+        shape, start, flat = tuple(weight.shape), 0, weight.data.view(-1)
+        if hasattr(weight, "ds_tensor"):
+            shape, start = tuple(weight.ds_shape), data_rank * weight.ds_tensor.ds_numel
+            flat = weight.ds_tensor.data[: max(0, min(weight.ds_tensor.ds_numel, weight.ds_numel - start))]
+        found.append(Fragment(name, shape, start, flat, flat, 0))
+    return found
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from bigbatch.recipes.core.checkpoint import MANIFEST, CheckpointDamagedError, Reader, load_weights, newest
+from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import DecoderSection
 from bigbatch.recipes.core.models.decoder import Decoder, KeyValueCache, load_hugging_face, section_from_hugging_face
@@ -162,7 +162,7 @@ class Loaded(NamedTuple):
 
 
 def load_model(path: Path) -> Loaded:
-    """Open a Hugging Face folder of a native family, a run folder (its newest sound checkpoint) or a checkpoint."""
+    """Open a Hugging Face folder of a native family, a checkpoint, or a run's best one (else its newest)."""
     if (path / "config.json").exists():
         return _load_hugging_face(path)
     if (path / "run.json").exists() or (path / MANIFEST).exists():
@@ -181,16 +181,12 @@ def _load_hugging_face(folder: Path) -> Loaded:
 
 
 def _load_checkpoint(path: Path) -> Loaded:
-    try:
-        reader = Reader(path) if (path / MANIFEST).exists() else newest(path)
-        reader.verify()
-    except CheckpointDamagedError as error:
-        raise UserError(str(path), f"{error}") from None
+    reader = open_checkpoint(path)
     document, facts = reader.manifest["run"], reader.manifest["facts"]
     if "family" not in document.get("model", {}):
         raise UserError(str(path), f"is a model of the recipe {document['recipe']!r}, which generates no text")
     section = DecoderSection.model_validate(document["model"])
     model = Decoder(section, facts["vocabulary_size"]).eval()
-    load_weights(reader.folder, model)
+    fill(reader, model)
     tokenizer = Path(facts["tokenizer"])
     return Loaded(model, section, tokenizer if (tokenizer / "tokenizer.json").exists() else None, document)

@@ -19,18 +19,23 @@ class Segment(NamedTuple):
     parameter: int  # the same number on every rank
 
 
-def build_optimizer(section: OptimizerSection, module: nn.Module) -> Optimizer:
-    """Build the optimizer by name over two groups: matrices decay, vectors (biases, norms) do not."""
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    # A ZeRO-3 parameter is empty here; ds_shape remembers what it was.
-    matrices = [parameter for _, parameter in named if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2]
-    matrix_ids = {id(parameter) for parameter in matrices}
-    vectors = [parameter for _, parameter in named if id(parameter) not in matrix_ids]
-    groups = [
-        {"params": matrices, "weight_decay": section.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return _BUILDERS[section.name](section, [group for group in groups if group["params"]])
+def build_optimizer(
+    section: OptimizerSection, module: nn.Module, learning_rate_scales: dict[str, float] | None = None
+) -> Optimizer:
+    """Build the optimizer by name: matrices decay, vectors (biases, norms) do not.
+
+    Parameters of one kind and one factor on the learning rate are one group, whose `scale` is that factor.
+    """
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            # A ZeRO-3 parameter is empty here; ds_shape remembers what it was.
+            is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+            scale = (learning_rate_scales or {}).get(name, 1.0)
+            decay = 0.0 if is_vector else section.weight_decay
+            group = groups.setdefault((is_vector, scale), {"params": [], "weight_decay": decay, "scale": scale})
+            group["params"].append(parameter)
+    return _BUILDERS[section.name](section, [groups[key] for key in sorted(groups)])
 
 
 def state_keys(section: OptimizerSection) -> tuple[str, ...]:

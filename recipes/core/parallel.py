@@ -40,6 +40,20 @@ class Mesh:
         """Add up a tensor over the data ranks. Collective: every rank must call it."""
         dist.all_reduce(tensor)
 
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows [n, ...] of all ranks, one rank's after another's; n may differ.
+
+        Collective: every rank must call it.
+        """
+        counts = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        counts[self.rank] = len(rows)
+        dist.all_reduce(counts)
+        padded = rows.new_zeros(int(counts.max()), *rows.shape[1:], device=self.device)
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
     def barrier(self) -> None:
         """Wait for all ranks. Collective: every rank must call it."""
         self.sum(0.0)

@@ -20,8 +20,11 @@ def run_part(part: str, run_dir: Path, stop: StopFlag) -> int:
     threading.excepthook = _tell_thread
     try:
         with runtime.failure_digest(run_dir, phase):
-            take = {"prepare": run_prepare, "train": run_train, "evaluate": run_evaluate}[part]
-            return take(load_run(run_dir), stop, phase)
+            part, _, split = part.partition(":")
+            run = load_run(run_dir)
+            if part == "evaluate":
+                return run_evaluate(run, stop, phase, split or "validation")
+            return {"prepare": run_prepare, "train": run_train}[part](run, stop, phase)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
@@ -57,21 +60,22 @@ def run_train(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
     return status
 
 
-def run_evaluate(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
-    """Evaluate the newest checkpoint on the validation split; print the figures as JSON."""
+def run_evaluate(run: train.Run, stop: StopFlag, phase: dict[str, Any], split: str = "validation") -> int:
+    """Evaluate the best checkpoint, else the newest, on a split; print the figures as JSON."""
     raise_on_stop(stop)
     data = run.recipe.open_data(run.config)
-    if data.validation is None:
-        raise UserError("data.validation", "is empty and data.validation_fraction is 0: nothing to evaluate on")
+    samples = data.test if split == "test" else data.validation
+    if samples is None:
+        raise UserError(f"data.{split}", "is empty and nothing is cut from the training data: nothing to evaluate on")
     mesh = runtime.start_mesh()
-    reader = checkpoint.newest(run.run_dir)
-    model = run.recipe.build_model(run.config, data.facts, initialize=False)
-    checkpoint.load_weights(reader.folder, model)
-    phase.update(phase="evaluate", step=reader.manifest["step"])
-    figures = train.evaluate(
-        run, model.to(mesh.device, train.DTYPES[run.config.precision.dtype]), data.validation, mesh
-    )
-    print(json.dumps({"step": reader.manifest["step"], **figures}))
+    reader = checkpoint.best(run.run_dir)
+    facts, step = reader.manifest["facts"], reader.manifest["step"]
+    model = run.recipe.build_model(run.config, facts, initialize=False)
+    checkpoint.fill(reader, model)
+    phase.update(phase="evaluate", step=step)
+    model = model.to(mesh.device, train.DTYPES[run.config.precision.dtype])
+    figures = train.evaluate(run, model, samples, mesh, facts, thorough=True)
+    print(json.dumps({"step": step, "split": split, **figures}))
     runtime.leave_mesh(mesh)
     return EXIT_DONE
 

@@ -1,6 +1,7 @@
 """What a recipe gives to the shared loop, and how one is found: by its folder."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,6 +23,14 @@ class Loss(NamedTuple):
     num_targets: int
 
 
+class Outputs(NamedTuple):
+    """What a model says about one micro-batch."""
+
+    loss: Loss
+    arrays: dict[str, "torch.Tensor"]
+    """What figures are made of (probabilities, labels): [B, ...], of the same further shape in every batch."""
+
+
 class Samples(Protocol):
     """A prepared split: random access by sample id, the same for every rank."""
 
@@ -41,6 +50,8 @@ class DataSplits(NamedTuple):
     validation: Samples | None
     facts: dict[str, Any]
     """What the model and the checkpoint need to know: vocabulary_size, tokenizer (path), fingerprint, ..."""
+    test: Samples | None = None
+    """Looked at by `bigbatch evaluate --split test` alone."""
 
 
 class HuggingFaceExport(NamedTuple):
@@ -57,7 +68,10 @@ class HuggingFaceExport(NamedTuple):
 
 
 class Recipe(Protocol):
-    """The parts that a recipe module (`recipes/<name>/recipe.py`) defines as functions: never control flow."""
+    """The parts that a recipe module (`recipes/<name>/recipe.py`) defines as functions: never control flow.
+
+    Those of `Further` it may have besides.
+    """
 
     def prepare(self, config: Any) -> Path:
         """Turn raw data into the folder that `open_data` reads; go on where an earlier call stopped."""
@@ -97,6 +111,46 @@ class Recipe(Protocol):
     def samples_of_text(self, config: Any, model: "torch.nn.Module", facts: dict[str, Any]) -> list[dict[str, str]]:
         """Return a few outputs to look at, each {"prompt": ..., "text": ...}. Collective: every rank must call it."""
         ...
+
+
+class Further(Protocol):
+    """Functions that a recipe module may have; `further(recipe, name)` returns one of them, or None."""
+
+    def outputs(self, model: "torch.nn.Module", batch: Batch) -> Outputs:
+        """Run the forward pass on one micro-batch for evaluation: `loss`, and what `figures` is made of."""
+        ...
+
+    def figures(
+        self, config: Any, facts: dict[str, Any], arrays: dict[str, "np.ndarray"], thorough: bool
+    ) -> dict[str, Any]:
+        """Turn the outputs of a whole split, a row a sample, into figures by name.
+
+        Numbers while training; when `thorough`, also what takes longer or is no number (intervals, a matrix).
+        """
+        ...
+
+    def figure_names(self, config: Any, facts: dict[str, Any]) -> list[str]:
+        """Name the numbers of `figures`."""
+        ...
+
+    def learning_rate_scales(self, config: Any, model: "torch.nn.Module") -> dict[str, float]:
+        """Return, for parameters by name, the factor on the learning rate; 1 for those left out."""
+        ...
+
+    def predictor(
+        self, config: Any, facts: dict[str, Any], model: "torch.nn.Module"
+    ) -> Callable[[list[str]], list[dict[str, Any]]]:
+        """Return a function from texts to answers, JSON objects; it raises UserError for a text it cannot take."""
+        ...
+
+    def open_folder(self, folder: Path) -> tuple[Any, dict[str, Any], "torch.nn.Module"]:
+        """Open a Hugging Face folder of the recipe's kind: (config, facts, model) for `predictor`."""
+        ...
+
+
+def further(recipe: Any, name: str) -> Any:
+    """Return one of a recipe's further functions, or None."""
+    return getattr(recipe, name, None)
 
 
 def recipe_names() -> list[str]:

@@ -19,9 +19,10 @@ from bigbatch.recipes.core.config import RunConfig
 from bigbatch.recipes.core.data.sampler import chain_hash, rank_slice, sample_order
 from bigbatch.recipes.core.engine import Engine, StepResult, partitioned_building, to_device
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from bigbatch.recipes.core.metrics import higher_is_better
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.process import StopFlag
-from bigbatch.recipes.core.recipe import DataSplits, Samples
+from bigbatch.recipes.core.recipe import DataSplits, Outputs, Samples, further
 from bigbatch.recipes.core.report import Reporter, StepRecord, measured_peak_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +48,10 @@ class TrainState(NamedTuple):
     order_hash: str = ""
     """Chained hash of the ids of all consumed samples, in order."""
     skipped_in_a_row: int = 0
+    best_value: float | None = None
+    """Of the figure `evaluate.best_by`, at the step `best_step`."""
+    best_step: int = 0
+    evaluations_since_best: int = 0
 
 
 class NonFiniteError(Exception):
@@ -72,8 +77,11 @@ def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, Any]) -> int:
     started = time.monotonic()
     phase["phase"] = "data"
     data = run.recipe.open_data(run.config)
+    _check_figure(run, data)
     phase["phase"] = "model"
-    engine = Engine(_build_model(run, data), run.config, run.deepspeed, mesh)
+    model = _build_model(run, mesh, data)
+    scale = further(run.recipe, "learning_rate_scales")
+    engine = Engine(model, run.config, run.deepspeed, mesh, scale(run.config, model) if scale else None)
     phase["phase"] = "restore"
     state = _restore(run, engine, mesh, data)
     reporter = _reporter(run, mesh, data, state.step, time.monotonic() - started)
@@ -87,12 +95,29 @@ def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, Any]) -> int:
     return EXIT_REQUEUE if stopped else EXIT_DONE
 
 
-def _build_model(run: Run, data: DataSplits) -> nn.Module:
-    """Build the model with its first weights; one that starts from a file is held whole while it is read."""
+def _check_figure(run: Run, data: DataSplits) -> None:
+    """Raise UserError now, not at the first evaluation, if the figure to choose by will not be measured."""
+    name, names = run.config.evaluate.best_by, ["loss", *run.recipe.metrics(1.0)]
+    if name is None:
+        return
+    if data.validation is None:
+        raise UserError("evaluate.best_by", f"is {name!r}, but there is no validation split to measure it on")
+    if more := further(run.recipe, "figure_names"):
+        names += more(run.config, data.facts)
+    if name not in names:
+        raise UserError("evaluate.best_by", f"{name!r} is not measured; right is one of {', '.join(names)}")
+
+
+def _build_model(run: Run, mesh: Mesh, data: DataSplits) -> nn.Module:
+    """Build the model with its first weights, unless a checkpoint is going to overwrite them.
+
+    One that starts from a file is held whole while it is read.
+    """
     torch.manual_seed(run.config.seed)
-    reads_a_file = getattr(getattr(run.config, "model", None), "initialize_from", None)
+    goes_on = bool(mesh.broadcast_text("yes" if checkpoint.committed(run.run_dir) else ""))
+    reads_a_file = getattr(getattr(run.config, "model", None), "initialize_from", None) and not goes_on
     with nullcontext() if reads_a_file else partitioned_building(run.deepspeed):
-        return run.recipe.build_model(run.config, data.facts)
+        return run.recipe.build_model(run.config, data.facts, initialize=not goes_on)
 
 
 def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[str, Any]) -> bool:
@@ -101,12 +126,13 @@ def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[st
     config, last_step = run.config, _last_step(run.config)
     state, asked_to_stop = restored, False
     while True:
-        ended = state.step >= last_step or asked_to_stop
         advanced = state.step > restored.step
         if advanced and data.validation and _due(state.step, config.evaluate.every_steps, last_step):
             phase.update(phase="evaluate", step=state.step)
-            _evaluate_and_sample(session, data.validation, state.step)
-        if advanced and (ended or _due(state.step, config.checkpoint.every_steps, last_step)):
+            state = _judge(session, state, _evaluate_and_sample(session, data.validation, state.step))
+        is_done = state.step >= last_step or _stands_still(config, state)
+        ended, is_best = is_done or asked_to_stop, state.best_step == state.step
+        if advanced and (ended or is_best or _due(state.step, config.checkpoint.every_steps, last_step)):
             phase.update(phase="save", step=state.step)
             _save(session, state)
         if ended:
@@ -120,39 +146,58 @@ def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[st
         state = _advance(config, state, result, order_hash)
         reporter.step(_record(config, state, result, time.monotonic() - begin))
         asked_to_stop = stops > 0
-    if state.step < last_step:
+    if not is_done:
         by = stop.signal_name or "a signal to another rank"
         reporter.event(state.step, "stopped", f"by {by}; everything is saved")
-    return state.step < last_step
+    return not is_done
 
 
 def evaluate(
-    run: Run, model: nn.Module, samples: Samples, mesh: Mesh, max_samples: int | None = None
-) -> dict[str, float]:
+    run: Run,
+    model: nn.Module,
+    samples: Samples,
+    mesh: Mesh,
+    facts: dict[str, Any],
+    max_samples: int | None = None,
+    thorough: bool = False,
+) -> dict[str, Any]:
     """Return the mean loss over a split and the recipe's figures, each sample counted once whatever the ranks.
 
     `model` is DeepSpeed's engine or a plain module. Collective: every rank must call it.
     """
+    outputs = further(run.recipe, "outputs") or (lambda model, batch: Outputs(run.recipe.loss(model, batch), {}))
     size = plan_batch(run.config.batch, mesh.data_ranks).micro_size
     was_training = model.training
     model.eval()
     loss_sum, num_targets = 0.0, 0
+    own: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():
-        for batch, counts in _evaluation_batches(samples, size, mesh, max_samples):
-            result = run.recipe.loss(model, to_device(batch, mesh.device))
+        for ids, batch, counts in _evaluation_batches(samples, size, mesh, max_samples):
+            found, arrays = outputs(model, to_device(batch, mesh.device))
             if counts:
-                loss_sum += float(result.sum)
-                num_targets += result.num_targets
+                loss_sum += float(found.sum)
+                num_targets += found.num_targets
+            for name, rows in {"": torch.from_numpy(ids).to(mesh.device), **arrays}.items():
+                own.setdefault(name, []).append(rows if counts else rows[:0])
     model.train(was_training)
     total, count = mesh.sum(loss_sum, num_targets)
     loss = total / count
-    return {"loss": loss, **run.recipe.metrics(loss), "num_targets": int(count)}
+    figures = {"loss": loss, **run.recipe.metrics(loss), "num_targets": int(count)}
+    if len(own) > 1:
+        gathered = {name: mesh.gather(torch.cat(parts)).cpu().numpy() for name, parts in own.items()}
+        order = np.argsort(gathered.pop(""))
+        arrays = {name: rows[order] for name, rows in gathered.items()}
+        figures |= run.recipe.figures(run.config, facts, arrays, thorough)
+    return figures
 
 
 def _evaluation_batches(
     samples: Samples, size: int, mesh: Mesh, max_samples: int | None
-) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
-    """Yield equally many batches on every rank (ZeRO-3 gathers weights in step); a filler is marked False."""
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], bool]]:
+    """Yield sample ids and their batch; a filler is marked False.
+
+    Equally many on every rank: ZeRO-3 gathers weights in step.
+    """
     ids = np.arange(min(samples.num_samples, max_samples or samples.num_samples), dtype=np.int64)
     rounds = math.ceil(len(ids) / (size * mesh.data_ranks))
     for index in range(rounds):
@@ -160,7 +205,7 @@ def _evaluation_batches(
         own = ids[begin : begin + size]
         counts = len(own) > 0
         own = own if counts else ids[:1]
-        yield samples.batch(own, np.zeros_like(own)), counts
+        yield own, samples.batch(own, np.zeros_like(own)), counts
 
 
 def _restore(run: Run, engine: Engine, mesh: Mesh, data: DataSplits) -> TrainState:
@@ -177,13 +222,18 @@ def _restore(run: Run, engine: Engine, mesh: Mesh, data: DataSplits) -> TrainSta
             f"has changed since the checkpoint of step {saved['step']} (fingerprint {data.train.fingerprint[:12]}, "
             f"was {saved['data_fingerprint'][:12]}): bring the data back, or train in a new run folder",
         )
-    state = TrainState(**{name: saved[name] for name in TrainState._fields})
+    state = TrainState(**{name: saved[name] for name in TrainState._fields if name in saved})
+    if saved["run"]["evaluate"].get("best_by") != run.config.evaluate.best_by:
+        state = state._replace(best_value=None, best_step=0, evaluations_since_best=0)
     say(
         f"resumed after step {state.step}: samples 0..{state.consumed_samples - 1} were seen, "
         f"next is {state.consumed_samples} (order {state.order_hash[:12]})"
     )
     if state.step >= _last_step(run.config):
         say(f"nothing is left to do: step {state.step} is the last (schedule.total_steps, schedule.stop_step)")
+    elif _stands_still(run.config, state):
+        best = f"{run.config.evaluate.best_by} was best at step {state.best_step}"
+        say(f"nothing is left to do: {best}, and evaluate.patience is spent")
     return state
 
 
@@ -210,16 +260,36 @@ def _due(step: int, every_steps: int, last_step: int) -> bool:
     return step % every_steps == 0 or step == last_step
 
 
-def _evaluate_and_sample(session: Session, samples: Samples, step: int) -> None:
+def _judge(session: Session, state: TrainState, figures: dict[str, float]) -> TrainState:
+    """Compare with the best evaluation so far; say when it is time to stop."""
+    settings = session.run.config.evaluate
+    if settings.best_by is None:
+        return state
+    value, sign = figures[settings.best_by], 1 if higher_is_better(settings.best_by) else -1
+    if state.best_value is None or sign * value > sign * state.best_value:
+        return state._replace(best_value=value, best_step=state.step, evaluations_since_best=0)
+    state = state._replace(evaluations_since_best=state.evaluations_since_best + 1)
+    if _stands_still(session.run.config, state):
+        best = f"{settings.best_by} was best at step {state.best_step} ({state.best_value:.5g})"
+        session.reporter.event(state.step, "ended", f"{best}; {settings.patience} evaluations did not better it")
+    return state
+
+
+def _stands_still(config: RunConfig, state: TrainState) -> bool:
+    return bool(config.evaluate.patience) and state.evaluations_since_best >= (config.evaluate.patience or 0)
+
+
+def _evaluate_and_sample(session: Session, samples: Samples, step: int) -> dict[str, float]:
     run, mesh, data, engine, reporter = session
     begin = time.monotonic()
-    figures = evaluate(run, engine.deepspeed, samples, mesh, run.config.evaluate.max_samples)
+    figures = evaluate(run, engine.deepspeed, samples, mesh, data.facts, run.config.evaluate.max_samples)
     del figures["num_targets"]  # the same each time
     reporter.evaluation(step, figures, time.monotonic() - begin)
     begin = time.monotonic()
     texts = run.recipe.samples_of_text(run.config, engine.module, data.facts)
     if texts:
         reporter.text(step, texts, time.monotonic() - begin)
+    return figures
 
 
 def _save(session: Session, state: TrainState) -> None:

@@ -1,4 +1,4 @@
-"""One process of a run: `python -m bigbatch.recipes.core.worker prepare|train|evaluate RUN_DIR`.
+"""One process of a run: `python -m bigbatch.recipes.core.worker prepare|train|evaluate[:SPLIT] RUN_DIR`.
 
 It reads the resolved documents in the run folder and nothing else.
 """
