@@ -211,6 +211,18 @@ class FillHead(nn.Module):
         )
 
 
+class Pooler(nn.Module):
+    """BERT's summary of a text: one layer with tanh on the state of its first token."""
+
+    def __init__(self, section: EncoderSection) -> None:
+        super().__init__()
+        self.dense = Linear(section.hidden_size, section.hidden_size, True, section.initializer_range)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map the first states [..., D] of texts to [..., D]."""
+        return torch.tanh(self.dense(states))
+
+
 def _norm(section: EncoderSection) -> nn.LayerNorm:
     return nn.LayerNorm(section.hidden_size, section.norm_epsilon)
 
@@ -269,6 +281,12 @@ def encoder_tensors(section: EncoderSection, vocabulary_size: int, prefix: str =
     return table
 
 
+def pooler_tensors(section: EncoderSection, prefix: str = "") -> dict[str, list[Piece]]:
+    """Return the same for a `Pooler` whose parameters' names begin with `prefix`."""
+    theirs, size = "bert.pooler.dense", section.hidden_size
+    return {f"{prefix}dense.{kind}": [Piece(f"{theirs}.{kind}", 0, size)] for kind in ("weight", "bias")}
+
+
 def hugging_face_state(model: MaskedLanguageModel) -> dict[str, torch.Tensor]:
     """Return all weights as a Hugging Face folder holds them."""
     table = hugging_face_tensors(model.section, model.vocabulary_size)
@@ -297,21 +315,50 @@ def load_hugging_face(model: MaskedLanguageModel, folder: Path) -> None:
 
     The pooler and the next-sentence head of a folder stay unread.
     """
+    weights = _open_folder(folder, model.section, model.vocabulary_size)
+    table = hugging_face_tensors(model.section, model.vocabulary_size)
+    load_pieces(model, _as_named_in(weights, table), weights, _UNREAD)
+
+
+def load_encoder(encoder: Encoder, folder: Path, vocabulary_size: int, pooler: Pooler | None = None) -> bool:
+    """Fill an encoder, and a pooler where the folder has one, from a folder of any BERT; return whether it has.
+
+    Safetensors only; heads stay unread. Raises UserError if the folder is of another model.
+    """
+    weights = _open_folder(folder, encoder.section, vocabulary_size)
+    if not any(name.startswith("bert.") for name in weights.files):  # BertModel by itself
+        weights.prefix = "bert."
+    inside = ("embeddings.", "encoder.", "pooler.") if weights.prefix else ("bert.",)
+    weights.files = {name: file for name, file in weights.files.items() if name.startswith(inside)}
+    has_pooler = "bert.pooler.dense.weight".removeprefix(weights.prefix) in weights.files
+    parts, table = nn.ModuleDict({"encoder": encoder}), encoder_tensors(encoder.section, vocabulary_size, "encoder.")
+    if pooler is not None and has_pooler:
+        parts["pooler"] = pooler
+        table |= pooler_tensors(encoder.section, "pooler.")
+    load_pieces(parts, _as_named_in(weights, table), weights, _UNREAD)
+    return has_pooler
+
+
+def _open_folder(folder: Path, section: EncoderSection, vocabulary_size: int) -> WeightFolder:
+    """Open the weights of a folder; raise UserError if its config.json tells of another shape or vocabulary."""
     config = read_json(folder / "config.json")
-    found, section = section_from_hugging_face(config), model.section
+    found = section_from_hugging_face(config)
     for key in _SHAPE:
         ours, theirs = getattr(section, key), getattr(found, key)
         if ours != theirs:
             shown = "feed_forward_size" if key == "inner_size" else key
             raise UserError(f"model.{shown}", f"{ours}, but the model in {folder} has {theirs}")
-    if config["vocab_size"] != model.vocabulary_size:
-        message = f"the tokenizer has {model.vocabulary_size} tokens, the model in {folder} {config['vocab_size']}"
+    if config["vocab_size"] != vocabulary_size:
+        message = f"the tokenizer has {vocabulary_size} tokens, the model in {folder} {config['vocab_size']}"
         raise UserError("model.initialize_from", message)
-    weights = WeightFolder(folder)
-    table = hugging_face_tensors(section, config["vocab_size"])
-    if "bert.embeddings.LayerNorm.gamma" in weights.files:  # folders converted from BERT's first release
-        table = {name: [_with_first_name(piece) for piece in pieces] for name, pieces in table.items()}
-    load_pieces(model, table, weights, _UNREAD)
+    return WeightFolder(folder)
+
+
+def _as_named_in(weights: WeightFolder, table: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
+    """Return the table with the names of BERT's first release where the folder has those."""
+    if "bert.embeddings.LayerNorm.gamma".removeprefix(weights.prefix) not in weights.files:
+        return table
+    return {name: [_with_first_name(piece) for piece in pieces] for name, pieces in table.items()}
 
 
 _FIELDS = {
@@ -337,9 +384,9 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 _UNREAD = (
-    ".bert.embeddings.position_ids",
-    ".bert.pooler.dense.weight",
-    ".bert.pooler.dense.bias",
+    ".embeddings.position_ids",
+    ".pooler.dense.weight",
+    ".pooler.dense.bias",
     ".cls.seq_relationship.weight",
     ".cls.seq_relationship.bias",
     ".cls.predictions.decoder.weight",  # the tied embedding and the bias once more

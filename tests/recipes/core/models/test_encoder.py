@@ -10,11 +10,16 @@ from safetensors.torch import load_file, save_file
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import (
+    Encoder,
     MaskedLanguageModel,
+    Pooler,
+    encoder_tensors,
     hugging_face_config,
     hugging_face_state,
     hugging_face_tensors,
+    load_encoder,
     load_hugging_face,
+    pooler_tensors,
     section_from_hugging_face,
 )
 
@@ -149,11 +154,11 @@ def test_a_shape_that_does_not_divide_is_refused_with_its_numbers(changes, messa
 # ------------------------------------------------------------------------------------ transformers' BERT
 
 
-def saved(folder, **changes):
+def saved(folder, kind=transformers.BertForMaskedLM, **changes):
     """Let transformers build and save its own model, with weights in which every tensor shows."""
     torch.manual_seed(5)
     config = hugging_face_config(section_of(**changes), VOCABULARY_SIZE)
-    model = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**config)).eval()
+    model = kind(transformers.AutoConfig.for_model(**config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -163,7 +168,6 @@ def saved(folder, **changes):
 
 def test_logits_of_loaded_weights_equal_transformers_own(tmp_path):
     reference = saved(tmp_path, feed_forward_size=48, norm_epsilon=1e-6)
-    assert type(reference).__name__ == "BertForMaskedLM"
     model = MaskedLanguageModel(section_of(feed_forward_size=48, norm_epsilon=1e-6), VOCABULARY_SIZE).eval()
     load_hugging_face(model, tmp_path)
     segments = (torch.arange(24) > 10).long().expand(3, 24)
@@ -269,3 +273,85 @@ def test_another_vocabulary_than_the_folders_is_refused(tmp_path):
     saved(tmp_path)
     with pytest.raises(UserError, match=r"the tokenizer has 100 tokens, the model in .* 101"):
         load_hugging_face(MaskedLanguageModel(section_of(), 100), tmp_path)
+
+
+# ------------------------------------------------------------------------------------ the encoder by itself
+
+
+def loaded_from(folder, **changes):
+    """Return an encoder and a pooler with a folder's weights, and whether it had some for the pooler."""
+    section = section_of(**changes)
+    encoder, pooler = Encoder(section, VOCABULARY_SIZE).eval(), Pooler(section)
+    return encoder, pooler, load_encoder(encoder, folder, VOCABULARY_SIZE, pooler)
+
+
+def test_pooled_output_and_logits_equal_transformers_own_whatever_the_padding(tmp_path):
+    reference = saved(tmp_path, transformers.BertForSequenceClassification)
+    encoder, pooler, has_pooler = loaded_from(tmp_path)
+    assert has_pooler
+    useful = torch.arange(24) < torch.tensor([[24], [9], [1]])
+    expected = reference.bert(input_ids=tokens_of(), attention_mask=useful.long()).pooler_output
+    assert expected.std() > 0.3
+    pooled = pooler(encoder(tokens_of(), documents=(~useful).int())[:, 0])
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
+    head = torch.nn.Linear(32, 2)
+    head.load_state_dict(reference.classifier.state_dict())
+    logits = reference(input_ids=tokens_of(), attention_mask=useful.long()).logits
+    torch.testing.assert_close(head(pooled), logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("first_names", [False, True])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("BertModel", True),
+        ("BertForMaskedLM", False),
+        ("BertForSequenceClassification", True),
+        ("BertForPreTraining", True),
+        ("BertForTokenClassification", False),
+    ],
+)
+def test_an_encoder_is_read_from_the_folder_of_any_bert(name, expected, first_names, tmp_path):
+    reference = saved(tmp_path, getattr(transformers, name))
+    if first_names:
+        stored = load_file(tmp_path / "model.safetensors")
+        for ours, theirs in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+            stored = {key.replace(ours, theirs): tensor for key, tensor in stored.items()}
+        save_file(stored, tmp_path / "model.safetensors")
+    encoder, pooler, has_pooler = loaded_from(tmp_path)
+    assert has_pooler == expected
+    base = getattr(reference, "bert", reference)
+    states = base(input_ids=tokens_of()).last_hidden_state
+    torch.testing.assert_close(encoder(tokens_of()), states, rtol=0, atol=1e-5)
+    if expected:
+        torch.testing.assert_close(pooler(states[:, 0]), base.pooler(states), rtol=0, atol=1e-6)
+        alone = Encoder(section_of(), VOCABULARY_SIZE).eval()
+        assert load_encoder(alone, tmp_path, VOCABULARY_SIZE)  # the pooler is told of, and stays unread
+        torch.testing.assert_close(alone(tokens_of()), states, rtol=0, atol=1e-5)
+
+
+def test_the_pooler_and_the_encoder_make_the_round_trip_bit_for_bit(tmp_path):
+    stored = saved(tmp_path, transformers.BertModel).state_dict()
+    encoder, pooler, _ = loaded_from(tmp_path)
+    table = encoder_tensors(encoder.section, VOCABULARY_SIZE) | pooler_tensors(encoder.section)
+    parameters = dict(encoder.named_parameters()) | dict(pooler.named_parameters())
+    assert table.keys() == parameters.keys()
+    back = {
+        piece.name: parameters[name][piece.start : piece.stop] for name, pieces in table.items() for piece in pieces
+    }
+    assert back.keys() == {f"bert.{name}" for name in stored if not name.endswith("_ids")}
+    for name, tensor in back.items():
+        assert torch.equal(tensor, stored[name.removeprefix("bert.")]), name
+
+
+def test_an_encoder_of_another_shape_or_vocabulary_than_the_folder_is_refused(tmp_path):
+    saved(tmp_path, transformers.BertModel)
+    with pytest.raises(UserError, match=r"^model\.num_layers: 3, but the model in .* has 2$"):
+        loaded_from(tmp_path, num_layers=3)
+    with pytest.raises(UserError, match=r"^model\.initialize_from: the tokenizer has 100 tokens, the model in .* 101$"):
+        load_encoder(Encoder(section_of(), 100), tmp_path, 100)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["encoder.layer.1.output.dense.bias"]
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks 'encoder\.layer\.1\.output\.dense\.bias', one of 1 tensors"):
+        loaded_from(tmp_path)
