@@ -102,6 +102,12 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
+def source_record(identity: tuple[str, int, int], split: str, content_hash: str) -> Source:
+    """Describe a file that was read, by its path, size and time."""
+    path, size_bytes, modified_ns = identity
+    return Source(path=path, split=split, size_bytes=size_bytes, modified_ns=modified_ns, content_hash=content_hash)
+
+
 def hash_of(path: Path) -> str:
     """Return the xxh3-128 of a file's bytes."""
     with path.open("rb") as file:

@@ -4,14 +4,10 @@ Everything lands in prepared_dir/<content id>/. A journal there says how far the
 written last, says that all of it is. The bytes depend on the settings and sources alone, not on interruptions.
 """
 
-import fcntl
-import hashlib
-import json
 import sqlite3
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,25 +17,26 @@ import xxhash
 from bigbatch.recipes.core.config import Section, TokenDataSection
 from bigbatch.recipes.core.data import tokenizing
 from bigbatch.recipes.core.data.clean import clean, units
+from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, is_latest, latest, locked, point_to, short_hash
 from bigbatch.recipes.core.data.manifest import (
     MANIFEST_FILE,
     MANIFEST_VERSION,
     Manifest,
-    Source,
     Split,
+    source_record,
     verify,
     write_atomically,
 )
 from bigbatch.recipes.core.data.progress import shown_progress
+from bigbatch.recipes.core.data.rows import hash_file, read_documents
 from bigbatch.recipes.core.data.seen import Seen
-from bigbatch.recipes.core.data.sources import SourceFile, hash_file, list_files, read_documents
+from bigbatch.recipes.core.data.sources import SourceFile, list_files, shared_file
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer
 from bigbatch.recipes.core.data.writer import ShardWriter, WriterState
 from bigbatch.recipes.core.errors import UserError
 
 TRAIN, VALIDATION = "train", "validation"
 BATCH_CHARACTERS = 2**20
-VERIFIED_BYTES = 2**30  # sources of more make shards that are not read whole at every start; their sizes are compared
 JOURNAL_SECONDS = 10.0  # the most work that an interruption costs
 JOURNAL_FILE, SEEN_FILE = "journal.json", "seen.sqlite"
 # How samples are cut is decided when the shards are opened, so these change nothing here.
@@ -89,19 +86,19 @@ def prepare_tokens(data: TokenDataSection, progress: bool = True) -> Path:
     content_id = _content_id(data, work)
     root = Path(data.prepared_dir)
     folder = root / content_id
-    pointer = root / f"{_settings_id(data)}.latest"
-    if (folder / MANIFEST_FILE).exists() and pointer.exists() and pointer.read_text() == content_id:
+    settings_id = _settings_id(data)
+    if (folder / MANIFEST_FILE).exists() and is_latest(root, settings_id, content_id):
         if _size_bytes(work) <= VERIFIED_BYTES:
             verify(folder)
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{content_id}.lock"):
+        with locked(root / f"{content_id}.lock"):
             if not (folder / MANIFEST_FILE).exists():
                 _build(folder, data, work, progress)
             for leftover in (JOURNAL_FILE, SEEN_FILE):
                 (folder / leftover).unlink(missing_ok=True)
-            write_atomically(pointer, content_id)
+            point_to(root, settings_id, content_id)
     except (OSError, sqlite3.Error) as error:  # a source that cannot be read is a UserError by now
         hint = "make room or choose another; started again, it goes on where it stopped"
         raise UserError("data.prepared_dir", f"{folder} cannot be written: {error}; {hint}") from error
@@ -110,46 +107,27 @@ def prepare_tokens(data: TokenDataSection, progress: bool = True) -> Path:
 
 def prepared_folder(data: TokenDataSection) -> Path:
     """Return the folder that `prepare_tokens` made last for these settings; the sources may be gone by now."""
-    pointer = Path(data.prepared_dir) / f"{_settings_id(data)}.latest"
-    if not pointer.exists():
-        raise UserError(
-            "data.prepared_dir", f"{pointer.parent.absolute()} holds no data for these settings; prepare them first"
-        )
-    return pointer.parent / pointer.read_text()
+    return latest(Path(data.prepared_dir), _settings_id(data))
 
 
 def _list_work(data: TokenDataSection) -> list[Work]:
     train = list_files(data.train, "data.train")
     validation = list_files(data.validation, "data.validation")
-    if both := set(train) & set(validation):
-        raise UserError("data.validation", f"holds {min(both).path}, which data.train holds too")
+    if path := shared_file(train, validation):
+        raise UserError("data.validation", f"holds {path}, which data.train holds too")
     return [Work(file, TRAIN) for file in train] + [Work(file, VALIDATION) for file in validation]
 
 
 def _settings_id(data: TokenDataSection) -> str:
-    return _short_hash(data.model_dump(mode="json", exclude=NOT_CONTENT))
+    return short_hash(data.model_dump(mode="json", exclude=NOT_CONTENT))
 
 
 def _content_id(data: TokenDataSection, work: list[Work]) -> str:
     tokenizer = None
     if data.tokenizer.kind == "pretrained":
         tokenizer = tokenizing.fingerprint(tokenizing.given_tokenizer_file(data.tokenizer))
-    return _short_hash([MANIFEST_VERSION, _settings_id(data), tokenizer, work])
-
-
-def _short_hash(content: object) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process prepares {path.with_suffix('')}; waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    files = [(item.file.identity, item.split) for item in work]  # how each is read is part of the settings
+    return short_hash([MANIFEST_VERSION, _settings_id(data), tokenizer, files])
 
 
 def _build(folder: Path, data: TokenDataSection, work: list[Work], progress: bool) -> None:
@@ -202,7 +180,7 @@ def _manifest(
         counts=journal.position.counts,
         splits={split: content for split, content in splits.items() if content.num_tokens},
         sources=tuple(
-            Source(split=item.split, content_hash=content_hash, **item.file._asdict())
+            source_record(item.file.identity, item.split, content_hash)
             for item, content_hash in zip(work, journal.position.file_hashes, strict=True)
         ),
     )

@@ -1,95 +1,96 @@
-"""Raw text, document by document: files, folders, globs, Hugging Face data sets and Python's own documentation.
+"""Where raw data are: files, folders, globs, archives, Hugging Face data sets and Python's own documentation.
 
-Every source is a list of files with an identity, and a file is a sequence of documents that never changes its order:
-so whoever remembers a file and a count can go on from there.
+Every source is a list of files with an identity. Importing this needs no more than the base install, so that the
+launcher can find files; rows.py reads them.
 """
 
-import codecs
-import csv
+import difflib
 import glob
-import gzip
-import json
 import logging
+import math
 import os
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-import xxhash
-
-from bigbatch.recipes.core.data.manifest import hash_of
-from bigbatch.recipes.core.data.stdlib_text import stdlib_documents, stdlib_files
+from bigbatch.recipes.core.config import TableSource
+from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
-TEXT_BLOCK_BYTES = 2**23  # a longer .txt file is cut at line ends into documents of about this size
-LARGEST_FIELD_CHARACTERS = 2**24  # of a .csv file: an unclosed quote swallows no more than this
-ROWS_AT_ONCE = 256
 STDLIB = "python:stdlib"
 HUGGING_FACE = "hf:"
 DATA_ROOT_VARIABLE = "BIGBATCH_DATA"
+EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+_KINDS = ".txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file"
+_ARCHIVE_MEMBER = re.compile(r"(.+\.zip)!(.+)", re.IGNORECASE)
+
+Source = str | TableSource
 
 
 class SourceFile(NamedTuple):
-    """A file and what tells it from an edited one without reading it."""
+    """A file, what tells it from an edited one without reading it, and how to read it."""
 
     path: str
-    """Absolute; or `hf:NAME:CONFIG:SPLIT`, whose size and time are those of its Arrow files."""
+    """Absolute; of an archive, ARCHIVE!MEMBER; or `hf:NAME:CONFIG:SPLIT`, with size and time of its Arrow files."""
     size_bytes: int
     modified_ns: int
+    format: str
+    """One of TableSource.format, or `hf`, or `stdlib`."""
+    table: TableSource
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """Path, size and time."""
+        return self[:3]
 
 
-class Document(NamedTuple):
-    """One text."""
-
-    text: str
-    origin: str
-    """Where it comes from, for messages: file, or file:line."""
-    file_fraction: float
-    """How much of its file has been read when it arrives, from 0 to 1."""
-
-
-def documents(sources: tuple[str, ...], text_key: str = "text") -> Iterator[Document]:
-    """Yield every document of the sources in order, in bounded memory."""
-    for file in list_files(sources):
-        yield from read_documents(file, text_key)
-
-
-def list_files(sources: tuple[str, ...], where: str = "data.train") -> list[SourceFile]:
+def list_files(sources: Sequence[Source], where: str = "data.train") -> list[SourceFile]:
     """Find the files that the sources name, folders and globs sorted; `where` is the JSON path for messages."""
     files = []
     for position, source in enumerate(sources):
-        files += _files_of(source, f"{where}[{position}]")
+        files += _files_of(as_table(source), f"{where}[{position}]")
     return files
 
 
-def read_documents(file: SourceFile, text_key: str = "text") -> Iterator[Document]:
-    """Yield the documents of one file, always the same in the same order."""
-    if file.path.startswith(HUGGING_FACE):
-        return _read_hugging_face(file.path, text_key)
-    path = Path(file.path)
-    return _READERS[_extension(path)](path, text_key)
+def local_files(source: Source) -> list[Path]:
+    """Find the files of a source on this machine, an archive for its member; none where it names no files or nothing.
+
+    A relative path is looked for here, then under $BIGBATCH_DATA.
+    """
+    table = as_table(source)
+    if not is_local(source):
+        return []
+    path = locate(archive_and_member(table.path)[0])
+    if path.is_dir():
+        found = [item for item in path.rglob("*") if item.is_file() and (table.format or format_of(item.name))]
+        return sorted(item for item in found if not any(part[0] == "." for part in item.relative_to(path).parts))
+    return [path] if path.is_file() else _glob(str(path))
 
 
-def hash_file(file: SourceFile) -> str:
-    """Return the xxh3-128 of the bytes as they lie on disk, having made sure that they are still the ones listed."""
-    paths, now = [Path(file.path)], None
-    if file.path.startswith(HUGGING_FACE):
-        paths, now = _hugging_face_files(file.path, file.path)
-    elif paths[0].exists():
-        now = identify(paths[0])
-    if now != file:
-        raise UserError(file.path, "changed while it was read; prepare again when nothing writes to it any more")
-    return xxhash.xxh3_128_hexdigest("".join(hash_of(path) for path in paths).encode())
+def is_local(source: Source) -> bool:
+    """Tell whether a source names files."""
+    return not as_table(source).path.startswith((HUGGING_FACE, "python:"))
 
 
-def identify(path: Path) -> SourceFile:
-    """Return the identity of a file on disk."""
-    facts = path.stat()
-    return SourceFile(str(path.absolute()), facts.st_size, facts.st_mtime_ns)
+def as_table(source: Source) -> TableSource:
+    """Return what a plain string stands for."""
+    return TableSource(path=source) if isinstance(source, str) else source
+
+
+def format_of(name: str) -> str | None:
+    """Return the format that a file's name ends with."""
+    plain = name.lower().removesuffix(".gz")
+    extension = Path(plain).suffix
+    known = extension in EXTENSIONS and (extension != ".parquet" or plain == name.lower())
+    return extension[1:] if known else None
+
+
+def shared_file(first: Sequence[SourceFile], second: Sequence[SourceFile]) -> str | None:
+    """Return the path of a file that both lists hold with a row in common, the smallest."""
+    both = [a.path for a in first for b in second if a.path == b.path and _has_rows(a.table, b.table)]
+    return min(both, default=None)
 
 
 def locate(path: str) -> Path:
@@ -99,188 +100,135 @@ def locate(path: str) -> Path:
     return below if not here.exists() and below.exists() else here
 
 
-def _files_of(source: str, where: str) -> list[SourceFile]:
-    if source == STDLIB:
-        return [file for file in map(identify, stdlib_files()) if file.size_bytes]
-    if source.startswith(HUGGING_FACE):
-        return [_hugging_face_files(source, where)[1]]
-    files = [identify(path) for path in _paths_of(source, where)]
-    for file in files:
+def _files_of(table: TableSource, where: str) -> list[SourceFile]:
+    if table.path == STDLIB:
+        found = [SourceFile(*identify(str(path), where), "stdlib", table) for path in stdlib_files()]
+        found = [file for file in found if file.size_bytes]
+    elif table.path.startswith(HUGGING_FACE):
+        found = [SourceFile(*hugging_face_files(table.path, where)[1], "hf", table)]
+    else:
+        found = [SourceFile(*identify(path, where), form, table) for path, form in _paths_of(table, where)]
+    for form in sorted({file.format for file in found}):
+        _check_options(table, form, where)
+    for file in found:
         if file.size_bytes == 0:
             raise UserError(where, f"{file.path} is empty")
-    return files
+    return found
 
 
-def _paths_of(source: str, where: str) -> list[Path]:
-    path = locate(source)
-    if path.is_dir():
-        found = sorted(item for item in path.rglob("*") if item.is_file() and _extension(item) in EXTENSIONS)
-        found = [item for item in found if not any(part[0] == "." for part in item.relative_to(path).parts)]
-        if not found:
-            raise UserError(where, f"the folder {path} holds no {_KINDS}")
-        return found
-    found = [path] if path.is_file() else _glob(source)
+def _paths_of(table: TableSource, where: str) -> list[tuple[str, str]]:
+    """Return each file's path and format."""
+    found = local_files(table)
+    if not found and (folder := locate(table.path)).is_dir():
+        raise UserError(where, f"the folder {folder} holds no {_KINDS}")
     if not found:
         root = os.environ.get(DATA_ROOT_VARIABLE, "not set")
-        raise UserError(where, f"{source!r} is no file, folder or glob in {Path.cwd()}, nor in $BIGBATCH_DATA ({root})")
-    for item in found:
-        if _extension(item) not in EXTENSIONS:
-            raise UserError(where, f"{item} is no {_KINDS}")
-    return found
+        searched = f"in {Path.cwd()}, nor in $BIGBATCH_DATA ({root})"
+        raise UserError(where, f"{table.path!r} is no file, folder or glob {searched}")
+    member = archive_and_member(table.path)[1]
+    paths = []
+    for path in found:
+        form = table.format or format_of(member or path.name)
+        if form is None or (member and form == "parquet"):
+            hint = "unpack it" if form else "`format` says how to read another"
+            raise UserError(where, f"{member or path} is no {_KINDS}; {hint}")
+        paths.append((f"{path}!{member}" if member else str(path), form))
+    return paths
 
 
 def _glob(pattern: str) -> list[Path]:
     for root in (".", os.environ.get(DATA_ROOT_VARIABLE, ".")):
         # Path.glob takes no absolute pattern.
-        matches = sorted(glob.glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True))  # noqa: PTH207
+        matches = sorted(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207
         if files := [path for match in matches if (path := Path(root) / match).is_file()]:
             return files
     return []
 
 
-def _extension(path: Path) -> str:
-    name = path.name.lower()
-    compressed = name.endswith(".gz")
-    extension = Path(name.removesuffix(".gz")).suffix
-    return "" if compressed and extension == ".parquet" else extension
+def archive_and_member(path: str) -> tuple[str, str]:
+    """Cut ARCHIVE!MEMBER; the member of a plain file is ""."""
+    found = _ARCHIVE_MEMBER.fullmatch(path)
+    return (found[1], found[2]) if found else (path, "")
 
 
-def _read_text(path: Path, _text_key: str) -> Iterator[Document]:
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    with _opened(path) as (stream, fraction):
-        while block := stream.read(TEXT_BLOCK_BYTES):
-            block += stream.readline(TEXT_BLOCK_BYTES)
-            held_bytes = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(block)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, offset - held_bytes + error.start) from None
-            yield Document(text.removeprefix("\ufeff") if offset == 0 else text, str(path), fraction())
-            offset += len(block)
-    if held_bytes := len(decoder.getstate()[0]):
-        raise _not_utf8(path, offset - held_bytes)
+def identify(path: str, where: str) -> tuple[str, int, int]:
+    """Return the identity of a file, or of one in an archive; `where` is for messages."""
+    name, member = archive_and_member(path)
+    facts = Path(name).stat()
+    absolute = str(Path(name).absolute())
+    if not member:
+        return absolute, facts.st_size, facts.st_mtime_ns
+    return f"{absolute}!{member}", _member_bytes(name, member, where), facts.st_mtime_ns
 
 
-def _read_json_lines(path: Path, text_key: str) -> Iterator[Document]:
-    with _opened(path) as (stream, fraction):
-        for number, line in _lines(stream, path):
-            if not line.strip():
-                continue
-            origin = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(origin, f"is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(origin, f"is {_shown(row)}; each line must be an object that holds {text_key!r}")
-            if text_key not in row:
-                raise _no_column(origin, text_key, row)
-            yield Document(_as_text(row[text_key], origin, text_key), origin, fraction())
-
-
-def _read_csv(path: Path, text_key: str) -> Iterator[Document]:
-    csv.field_size_limit(LARGEST_FIELD_CHARACTERS)
-    # Tab-separated files have no quoting: a quotation mark at the start of a field is part of the text.
-    style: dict[str, Any] = {"strict": True}
-    if _extension(path) == ".tsv":
-        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    with _opened(path) as (stream, fraction):
-        rows = csv.reader((line for _, line in _lines(stream, path)), **style)
-        try:
-            columns = next(rows, [])
-            if text_key not in columns:
-                raise _no_column(str(path), text_key, columns)
-            column = columns.index(text_key)
-            for row in rows:
-                origin = f"{path}:{rows.line_num}"
-                if row and len(row) != len(columns):
-                    raise UserError(origin, f"has {len(row)} fields; the header names {len(columns)}")
-                if row:
-                    yield Document(row[column], origin, fraction())
-        except csv.Error as error:
-            raise UserError(f"{path}:{rows.line_num}", f"is not a row: {error}") from None
-
-
-def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
-    row = 0
+def _member_bytes(archive: str, member: str, where: str) -> int:
+    """Return how long a file in an archive is; raise UserError unless it can be opened."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                raise _no_column(str(path), text_key, file.schema_arrow.names)
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[text_key]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    origin = f"{path}:{row}"
-                    yield Document(_as_text(value, origin, text_key), origin, row / file.metadata.num_rows)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}:{row + 1}", f"column {text_key!r} is not UTF-8 in one of the next rows") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(str(path), f"cannot be read: {_first_line(error)}") from None
+        with zipfile.ZipFile(archive) as opened:
+            names = [item.filename for item in opened.infolist() if not item.is_dir()]
+            if member not in names:
+                near = ", ".join(difflib.get_close_matches(member, names, cutoff=0.0)) or "nothing"
+                raise UserError(where, f"{archive} holds no {member!r}; nearest: {near}")
+            opened.open(member).close()
+            return opened.getinfo(member).file_size
+    except (zipfile.BadZipFile, RuntimeError, OSError) as error:  # RuntimeError: encrypted, or an unknown compression
+        raise UserError(where, f"{archive}!{member} cannot be read: {first_line(error)}") from None
 
 
-def _read_stdlib(path: Path, _text_key: str) -> Iterator[Document]:
-    for text in stdlib_documents(path):
-        yield Document(text, str(path), 1.0)
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_json_lines,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".py": _read_stdlib,
+_ROW_OPTIONS = {"constants", "take_every", "skip_every"}
+_OPTIONS = {
+    "txt": {"format", "encoding", "constants"},
+    "lines": {"format", "encoding", "pattern", *_ROW_OPTIONS},
+    "csv": {"format", "encoding", "columns", *_ROW_OPTIONS},
+    "tsv": {"format", "encoding", "columns", *_ROW_OPTIONS},
+    "jsonl": {"format", "encoding", *_ROW_OPTIONS},
+    "parquet": {"format", *_ROW_OPTIONS},
+    "hf": _ROW_OPTIONS,
+    "stdlib": {"constants"},
 }
-EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")  # what a user may name
-_KINDS = ".txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file"
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
-    """Open a file, compressed or not, with a function that tells how much of it has been read."""
+def _check_options(table: TableSource, form: str, where: str) -> None:
+    given = table.model_dump(exclude_defaults=True, exclude={"path"})
+    if useless := sorted(set(given) - _OPTIONS[form]):
+        raise UserError(f"{where}.{useless[0]}", f"has no effect on format {form!r}; remove it")
+    if not _has_rows(table):
+        raise UserError(f"{where}.skip_every", f"is {table.skip_every}: it leaves out all that take_every takes")
     try:
-        size_bytes = path.stat().st_size
-        with path.open("rb") as raw:
-            stream: Any = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
-            yield stream, lambda: raw.tell() / size_bytes
-    except (EOFError, zlib.error, OSError) as error:
-        raise UserError(str(path), f"cannot be read: {_first_line(error)}") from None
+        is_fit = "\n\n".encode(table.encoding).endswith(b"\n\n")
+    except (LookupError, UnicodeError):
+        raise UserError(f"{where}.encoding", f"{table.encoding!r} is no encoding that Python knows") from None
+    if not is_fit:
+        raise UserError(f"{where}.encoding", f"{table.encoding!r} has line ends of several bytes; convert it to UTF-8")
+    try:
+        has_groups = table.pattern is None or re.compile(table.pattern).groupindex
+    except re.error as error:
+        raise UserError(f"{where}.pattern", f"{table.pattern!r} is no regular expression: {error}") from None
+    if not has_groups:
+        raise UserError(f"{where}.pattern", f"{table.pattern!r} names no column; write one as (?P<text>.*)")
 
 
-def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line); only line feeds end a line, not all that Unicode says would."""
-    offset = 0
-    for number, line in enumerate(stream, 1):
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, offset + error.start) from None
-        yield number, text.removeprefix("\ufeff") if number == 1 else text
-        offset += len(line)
+def _has_rows(*tables: TableSource) -> bool:
+    """Tell whether a row of a long file is taken by all.
+
+    The first row that every `take_every` takes is their least common multiple; what is left out there is left out of
+    all its multiples.
+    """
+    first = math.lcm(*(table.take_every or 1 for table in tables))
+    return all(table.skip_every is None or first % table.skip_every for table in tables)
 
 
-def _read_hugging_face(source: str, text_key: str) -> Iterator[Document]:
-    dataset = _load_hugging_face(source, source)
-    if text_key not in dataset.column_names:
-        raise _no_column(source, text_key, dataset.column_names)
-    row = 0
-    for batch in dataset.select_columns([text_key]).iter(batch_size=ROWS_AT_ONCE):
-        for value in batch[text_key]:
-            row += 1
-            origin = f"{source}:{row}"
-            yield Document(_as_text(value, origin, text_key), origin, row / dataset.num_rows)
-
-
-def _hugging_face_files(source: str, where: str) -> tuple[list[Path], SourceFile]:
-    dataset = _load_hugging_face(source, where)
+def hugging_face_files(source: str, where: str) -> tuple[list[Path], tuple[str, int, int]]:
+    """Return the Arrow files of a data set, and its identity."""
+    dataset = load_hugging_face(source, where)
     if not dataset.num_rows:
         raise UserError(where, f"{source} is empty")
     paths = [Path(file["filename"]) for file in dataset.cache_files]
     facts = [path.stat() for path in paths]
-    return paths, SourceFile(source, sum(f.st_size for f in facts), max(f.st_mtime_ns for f in facts))
+    return paths, (source, sum(f.st_size for f in facts), max(f.st_mtime_ns for f in facts))
 
 
-def _load_hugging_face(source: str, where: str) -> Any:
+def load_hugging_face(source: str, where: str) -> Any:
     """Return a memory-mapped `datasets.Dataset`, from a local folder, the cache or the hub."""
     import datasets  # noqa: PLC0415 - takes a second, and most runs read plain files
 
@@ -298,30 +246,9 @@ def _load_hugging_face(source: str, where: str) -> Any:
         return dataset[split or "train"] if isinstance(dataset, datasets.DatasetDict) else dataset
     except (OSError, ValueError, KeyError) as error:
         hint = "" if folder.is_dir() else "; without a network it must be in the cache, or be a local folder"
-        raise UserError(where, f"the data set {source!r} cannot be loaded: {_first_line(error)}{hint}") from None
+        raise UserError(where, f"the data set {source!r} cannot be loaded: {first_line(error)}{hint}") from None
 
 
-def _as_text(value: Any, origin: str, text_key: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(origin, f"{text_key!r} is {_shown(value)}, not a text")
-    return value
-
-
-def _not_utf8(path: Path, offset: int) -> UserError:
-    return UserError(str(path), f"is not UTF-8: the first wrong byte is at offset {offset}")
-
-
-def _no_column(where: str, text_key: str, columns: Any) -> UserError:
-    there = ", ".join(_shown(column) for column in columns) or "none"
-    return UserError(where, f"has no column {text_key!r} (data.text_key); there are: {there}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bigbatch.recipes.core.config import TokenDataSection
+from bigbatch.recipes.core.config import TableSource, TokenDataSection
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +24,9 @@ def real_data() -> Path:
 def section(tmp_path: Path) -> Callable[..., TokenDataSection]:
     """Make settings with a character tokenizer that prepare below tmp_path."""
 
-    def make(*train: Path | str, **settings: Any) -> TokenDataSection:
+    def make(*train: Path | str | TableSource, **settings: Any) -> TokenDataSection:
         defaults = {"tokenizer": {"kind": "character"}, "sequence_length": 8, "prepared_dir": str(tmp_path / "out")}
-        return TokenDataSection(train=tuple(map(str, train)), **(defaults | settings))
+        sources = tuple(source if isinstance(source, TableSource) else str(source) for source in train)
+        return TokenDataSection(train=sources, **(defaults | settings))
 
     return make

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
+from bigbatch.recipes.core.config import TableSource
 from bigbatch.recipes.core.data.manifest import read_manifest, verify
 from bigbatch.recipes.core.data.prepare import prepare_tokens, prepared_folder
 from bigbatch.recipes.core.data.shards import TokenSamples
@@ -85,6 +86,21 @@ def test_shakespeare_in_gpt2_tokens_has_the_published_counts(real_data, section)
     assert manifest.splits["train"].num_tokens == 301_966 + 1  # nanoGPT's page, and our end of text
     assert manifest.splits["validation"].num_tokens == 36_059 + 1
     assert manifest.end_of_text == 50_256
+
+
+def test_one_file_trains_and_validates_with_rows_that_are_not_the_same(real_data, section):
+    member = f"{real_data}/mr_polarity/sentence_polarity.zip!sentence_polarity/rt-polarity.pos"
+    table = {"path": member, "format": "lines", "encoding": "latin-1"}
+    train, validation = TableSource(**table, skip_every=10), TableSource(**table, take_every=10)
+    folder = prepare_tokens(section(train, validation=(validation,)), progress=False)
+    manifest = verify(folder)
+    assert {name: split.num_documents for name, split in manifest.splits.items()} == {"train": 4798, "validation": 533}
+    assert manifest.sources[0].path == member
+    assert prepare_tokens(section(train, validation=(validation,)), progress=False) == folder
+    other = TableSource(**(table | {"encoding": "cp1252"}), skip_every=10)
+    assert prepare_tokens(section(other, validation=(validation,)), progress=False) != folder
+    with pytest.raises(UserError, match=r"data\.validation: holds .*rt-polarity\.pos, which data\.train holds too"):
+        prepare_tokens(section(TableSource(**table), validation=(validation,)), progress=False)
 
 
 def test_every_document_is_found_again_at_its_start(tmp_path, section):

@@ -3,14 +3,18 @@ import json
 import random
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bigbatch.recipes.core.data import sources
-from bigbatch.recipes.core.data.sources import documents, hash_file, list_files, read_documents
+from bigbatch.recipes.core.config import TableSource
+from bigbatch.recipes.core.data import rows
+from bigbatch.recipes.core.data.rows import documents, hash_file, read_documents, read_rows
+from bigbatch.recipes.core.data.sources import is_local, list_files, local_files, shared_file
 from bigbatch.recipes.core.errors import UserError
 
 TEXTS = ["One, two\nthree", 'She said "yes".', "Ünï\u2028cödé", ""]
@@ -86,7 +90,7 @@ def test_a_relative_path_is_looked_for_here_and_then_in_the_data_folder(tmp_path
 
 
 def test_a_large_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "TEXT_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(rows, "TEXT_BLOCK_BYTES", 1000)
     text = "".join(f"Zeile {i} – größer\n" for i in range(500))
     cut = texts_of(write(tmp_path / "a.txt", text))
     assert "".join(cut) == text
@@ -107,7 +111,7 @@ def test_what_is_missing_or_empty_or_unknown_is_refused_by_its_place_in_the_sett
 
 
 def test_text_that_is_not_utf8_is_refused_by_file_and_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "TEXT_BLOCK_BYTES", 64)
+    monkeypatch.setattr(rows, "TEXT_BLOCK_BYTES", 64)
     wrong = b"\xef\xbb\xbf" + "größer\n".encode() * 40
     place = len(wrong) + 2
     wrong += b"ab\xffcd\n" + b"more\n" * 30
@@ -205,3 +209,185 @@ def test_a_file_that_changed_since_it_was_listed_is_refused(tmp_path):
     with pytest.raises(UserError, match="changed while it was read"):
         hash_file(file)
     assert hash_file(list_files((str(path),))[0]) != before
+
+
+def rows_of(*columns, **table):
+    """Return the values of some columns in every row of a source."""
+    wanted = {name: f"data.{name}" for name in columns}
+    found = [row for file in list_files([TableSource(**table)]) for row in read_rows(file, wanted)]
+    return [tuple(row.values[name] for name in columns) for row in found]
+
+
+def table_refusal(*columns, **table):
+    with pytest.raises(UserError) as caught:
+        rows_of(*(columns or ("text",)), **table)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_table_without_a_header_and_a_known_ending_is_read_as_its_source_says(tmp_path, real_data):
+    plain = str(write(tmp_path / "table", "ham\tsee you\nspam\tWIN\n"))
+    assert rows_of("text", "label", path=plain, format="tsv", columns=("label", "text")) == [
+        ("see you", "ham"),
+        ("WIN", "spam"),
+    ]
+    compressed = str(write(tmp_path / "table.gz", 'a,"b, c"\n'))
+    assert rows_of("y", path=compressed, format="csv", columns=("x", "y")) == [("b, c",)]
+    assert ":1: has 2 fields; `columns` names 3" in table_refusal(path=plain, format="tsv", columns=("text", "b", "c"))
+    assert "there are: 'ham', 'see you'; `columns` names them" in table_refusal(path=plain, format="tsv")
+    sms = str(real_data / "sms_spam" / "SMSSpamCollection")
+    found = rows_of("label", "text", path=sms, format="tsv", columns=("label", "text"))
+    assert [sum(label == name for label, _ in found) for name in ("ham", "spam")] == [4827, 747]  # as its readme counts
+
+
+def test_lines_are_rows_and_a_pattern_names_their_columns(tmp_path, real_data):
+    plain = str(write(tmp_path / "a.log", "one\r\n\ntwo \u2028 still two"))
+    assert rows_of("text", path=plain, format="lines") == [("one",), ("",), ("two \u2028 still two",)]
+    wrong = table_refusal(path=plain, format="lines", pattern=r"(?P<text>[a-z]+)")
+    assert wrong.startswith(f"{plain}:2: is '', which the pattern")
+    assert "no column 'label' (data.label); there are: 'text'" in table_refusal("label", path=plain, format="lines")
+    archive = real_data / "trec_qc" / "qc.zip"
+    pattern = r"(?P<label>[A-Z]+):(?P<fine>\w+) (?P<text>.*)"
+    table = {"path": f"{archive}!qc/train.txt", "format": "lines", "encoding": "latin-1", "pattern": pattern}
+    found = rows_of("label", "text", **table)
+    with zipfile.ZipFile(archive) as opened:
+        lines = opened.read("qc/train.txt").decode("latin-1").split("\n")[:-1]
+    assert [f"{label}:{text}" for label, text in found] == [
+        line.split(":", 1)[0] + ":" + line.split(" ", 1)[1] for line in lines
+    ]
+    assert len(found) == 5452  # as published
+    assert len({label for label, _ in found}) == 6
+
+
+def test_a_file_in_an_archive_reads_like_the_file_itself(tmp_path):
+    names = ("a/rows.jsonl", "a/rows.csv", "text.txt")
+    contents = (json_lines_of(TEXTS), csv_of(TEXTS), "plain")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in zip(names, contents, strict=True):
+            archive.writestr(name, content)
+        archive.writestr("packed.jsonl.gz", gzip.compress(json_lines_of(TEXTS).encode()))
+        archive.writestr("a.parquet", b"PAR1")
+    for name, content in zip(names, contents, strict=True):
+        inside = list_files((f"{tmp_path}/all.zip!{name}",))[0]
+        outside = list_files((str(write(tmp_path / name, content)),))[0]
+        assert [document.text for document in read_documents(inside)] == [d.text for d in read_documents(outside)]
+        assert inside.size_bytes == outside.size_bytes
+        assert list(read_documents(inside))[-1].file_fraction == 1.0
+        assert hash_file(inside) == hash_file(inside)
+    assert texts_of(tmp_path / "all.zip!packed.jsonl.gz") == TEXTS
+    assert local_files(f"{tmp_path}/all.zip!text.txt") == [tmp_path / "all.zip"]
+    assert "holds no 'text.txd'; nearest: text.txt" in table_refusal(path=f"{tmp_path}/all.zip!text.txd", format="txt")
+    assert "a.parquet is no .txt, .jsonl" in refusal(tmp_path / "all.zip!a.parquet")
+    assert "unpack it" in refusal(tmp_path / "all.zip!a.parquet")
+    assert "cannot be read: " in refusal(write(tmp_path / "no.zip", "none").with_name("no.zip!a.txt"))
+    assert f"'{tmp_path}/none.zip!a.txt' is no file" in refusal(tmp_path / "none.zip!a.txt")
+    damaged = bytearray((tmp_path / "all.zip").read_bytes())
+    damaged[50] ^= 255
+    (tmp_path / "all.zip").write_bytes(damaged)
+    assert "rows.jsonl: cannot be read: " in refusal(tmp_path / "all.zip!a/rows.jsonl")
+
+
+def test_other_encodings_are_read_and_a_wrong_byte_is_told_with_the_encoding(tmp_path):
+    for encoding in ("latin-1", "cp1252", "utf-8-sig", "shift_jis"):
+        expected = "日本ソ\n語\n" if encoding == "shift_jis" else "größer\nkleiner\n"
+        content = expected.encode(encoding)
+        path = str(write(tmp_path / f"{encoding}.txt", content))
+        assert rows_of("text", path=path, encoding=encoding) == [(expected,)]
+        lines = [(line,) for line in expected.splitlines()]
+        assert rows_of("text", path=path, encoding=encoding, format="lines") == lines
+        header = "text\n".encode(encoding) + content.removeprefix(b"\xef\xbb\xbf")
+        rows = rows_of("text", path=str(write(tmp_path / "a.csv", header)), encoding=encoding)
+        assert rows == lines
+    path = str(write(tmp_path / "a.txt", b"ab\x81"))
+    assert table_refusal(path=path, encoding="cp1252").endswith("is not CP1252: the first wrong byte is at offset 2")
+
+
+def test_constants_are_further_columns(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", json_lines_of(TEXTS)))
+    assert rows_of("label", "id", path=path, constants={"label": "good"}) == [("good", i) for i in range(4)]
+    text = str(write(tmp_path / "a.txt", "whole"))
+    assert rows_of("text", "label", path=text, constants={"label": "good"}) == [("whole", "good")]
+
+
+def test_rows_taken_and_rows_skipped_make_up_the_file(tmp_path, real_data):
+    path = str(write(tmp_path / "a.txt", "".join(f"{n}\n" for n in range(1, 26))))
+    taken = [int(text) for (text,) in rows_of("text", path=path, format="lines", take_every=10)]
+    left = [int(text) for (text,) in rows_of("text", path=path, format="lines", skip_every=10)]
+    assert taken == [10, 20]
+    assert sorted(taken + left) == list(range(1, 26))
+    both = rows_of("text", path=path, format="lines", take_every=4, skip_every=8)
+    assert both == [("4",), ("12",), ("20",)]
+    member = f"{real_data}/mr_polarity/sentence_polarity.zip!sentence_polarity/rt-polarity.pos"
+    table = {"path": member, "format": "lines", "encoding": "latin-1"}
+    assert [len(rows_of("text", **table, **{key: 10})) for key in ("take_every", "skip_every")] == [533, 4798]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ({}, {}, True),
+        ({"take_every": 10}, {"skip_every": 10}, False),
+        ({"take_every": 10}, {"skip_every": 5}, False),
+        ({"take_every": 10}, {"skip_every": 3}, True),
+        ({"take_every": 10}, {"take_every": 3}, True),
+        ({"take_every": 2, "skip_every": 4}, {"take_every": 4}, False),
+        ({"skip_every": 2}, {"skip_every": 3}, True),
+    ],
+)
+def test_two_lists_may_hold_a_file_when_they_take_different_rows(tmp_path, first, second, shared):
+    path = write(tmp_path / "a.txt", "".join(f"{n}\n" for n in range(1, 61)))
+    tables = [TableSource(path=str(path), format="lines", **options) for options in (first, second)]
+    lists = [list_files([table]) for table in tables]
+    common = set.intersection(*({row.origin for row in read_rows(files[0], {"text": ""})} for files in lists))
+    assert bool(common) == shared
+    assert (shared_file(*lists) == str(path)) == shared
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("a.jsonl", {"columns": ("a",)}, "data.train[0].columns: has no effect on format 'jsonl'; remove it"),
+        ("a.csv", {"pattern": "(?P<text>.*)"}, "data.train[0].pattern: has no effect on format 'csv'"),
+        ("a.txt", {"take_every": 2}, "data.train[0].take_every: has no effect on format 'txt'"),
+        ("a.parquet", {"encoding": "latin-1"}, "data.train[0].encoding: has no effect on format 'parquet'"),
+        ("a.csv", {"encoding": "latin-x"}, "data.train[0].encoding: 'latin-x' is no encoding that Python knows"),
+        ("a.csv", {"encoding": "hex"}, "data.train[0].encoding: 'hex' is no encoding that Python knows"),
+        ("a.csv", {"encoding": "utf-16"}, "data.train[0].encoding: 'utf-16' has line ends of several bytes"),
+        ("a.txt", {"format": "lines", "pattern": "("}, "data.train[0].pattern: '(' is no regular expression: "),
+        ("a.txt", {"format": "lines", "pattern": ".*"}, "data.train[0].pattern: '.*' names no column"),
+        ("a.csv", {"take_every": 9, "skip_every": 3}, "data.train[0].skip_every: is 3: it leaves out all"),
+    ],
+)
+def test_options_without_effect_or_sense_are_refused_by_their_place(tmp_path, name, options, message):
+    path = write(tmp_path / name, "text\n")
+    assert table_refusal(path=str(path), **options).startswith(message)
+
+
+def test_numbers_of_a_data_sets_own_classes_become_their_names(tmp_path):
+    one, many = datasets.ClassLabel(names=["bad", "good"]), datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    features = datasets.Features({"text": datasets.Value("string"), "one": one, "many": many})
+    content = {"text": ["x", "y", "z"], "one": [1, 0, -1], "many": [[0, 1], [], None]}
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "set")
+    found = rows_of("one", "many", path=f"hf:{tmp_path}/set")
+    assert found[:2] == [("good", ["a", "b"]), ("bad", [])]
+    assert found[2][0] is None
+    assert not found[2][1]
+
+
+def test_finding_files_needs_the_base_install_alone(tmp_path):
+    path = write(tmp_path / "a.zip", "x")
+    code = (
+        "import sys\n"
+        "for name in ('pyarrow', 'xxhash', 'numpy', 'torch', 'datasets', 'tokenizers'): sys.modules[name] = None\n"
+        "from bigbatch.recipes.core.data.sources import local_files\n"
+        f"print(local_files({str(path) + '!x'!r}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == f"{[path]!r}\n"
+    assert [is_local(source) for source in ("hf:a", "python:stdlib", TableSource(path="a"))] == [False, False, True]
+    assert local_files("hf:a") == []
+    assert local_files(str(tmp_path)) == []
+    write(tmp_path / "b.any", "x")
+    assert local_files(TableSource(path=str(tmp_path), format="lines")) == [path, tmp_path / "b.any"]
+    assert local_files(str(tmp_path / "none*")) == []
+    assert local_files(str(tmp_path / "*.any")) == [Path(tmp_path / "b.any")]
