@@ -83,9 +83,17 @@ def make_tokenizer(section: TokenizerSection, texts: Iterable[str], folder: Path
 def load_tokenizer(folder: Path) -> TextTokenizer:
     """Open a folder that `make_tokenizer` has written."""
     path = folder / TOKENIZER_FILE
-    tokenizer = _open_file(path, str(path))
+    return _described(_open_file(path, str(path)), _read_settings(folder), path)
+
+
+def load_given_tokenizer(folder: Path) -> TextTokenizer:
+    """Open the tokenizer of any Hugging Face folder, without its truncation and padding."""
+    section = TokenizerSection(kind="pretrained", path=str(folder))
+    return _described(*_open_given(section), given_tokenizer_file(section))
+
+
+def _described(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], path: Path) -> TextTokenizer:
     vocabulary = tokenizer.get_vocab()
-    settings = _read_settings(folder)
     begin_of_text = vocabulary.get(token_name(settings, "cls_token"))
     size = max(vocabulary.values()) + 1
     return TextTokenizer(tokenizer, vocabulary[settings["eos_token"]], begin_of_text, size, fingerprint(path))
