@@ -11,7 +11,6 @@ many it has.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -86,7 +85,7 @@ class AttentionPooling(nn.Module):
 def gather_windows(
     hidden: torch.Tensor, firsts: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give each window of hidden states [R, T, D] a row of its own [W, L, D], and tell its tokens from others [W, L]."""
+    """Give each window of hidden states [R, T, D] a row [W, L, D] of its own, and tell what is a token there [W, L]."""
     offsets = torch.arange(int(lengths.max()), device=hidden.device)
     is_token = offsets < lengths.unsqueeze(1)
     return hidden.flatten(0, 1)[torch.where(is_token, firsts.unsqueeze(1) + offsets, 0)], is_token
