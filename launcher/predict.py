@@ -1,11 +1,12 @@
-"""What a run will be, computed from its document alone: parameters and bytes of a checkpoint. No torch."""
+"""What a run will be, computed from documents and the heads of files: parameters, bytes of a checkpoint. No torch."""
 
 import json
-import os
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigbatch.recipes.core.config import OptimizerSection, TokenizerSection
+from bigbatch.recipes.core.data.sources import locate
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, padded_vocabulary
 
@@ -14,23 +15,111 @@ ASSUMED_CHARACTERS = 256  # how many different ones a text has is not known befo
 _MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "adamw_8bit": 2, "lion": 1, "adagrad": 1}
 
 
-def count_parameters(model: DecoderSection | EncoderSection, vocabulary_size: int) -> int:
-    """Count the model's parameters, tied embeddings once."""
-    hidden, feed_forward = model.hidden_size, model.inner_size
-    rows = padded_vocabulary(vocabulary_size, model)
+def count_parameters(model: Any, vocabulary_size: int, num_labels: int = 0) -> int:
+    """Count the parameters of a model's section, tied embeddings once; of a classifier, with a head for its labels."""
+    if hasattr(model, "backbone"):
+        backbone, features = _backbone(model, vocabulary_size)
+        return backbone + (features + 1) * num_labels
     if isinstance(model, EncoderSection):
-        positions = model.max_positions if model.positions == "absolute" else 0
-        layer = 4 * hidden * hidden + 2 * hidden * feed_forward + 9 * hidden + feed_forward
-        head = hidden * hidden + 3 * hidden + rows
-        return (rows + positions + model.num_segments + 2) * hidden + model.num_layers * layer + head
-    embedding = rows * hidden
+        hidden = model.hidden_size
+        head = hidden * hidden + 3 * hidden + padded_vocabulary(vocabulary_size, model)
+        return _encoder(model, vocabulary_size) + head
+    return _decoder(model, vocabulary_size)
+
+
+def _backbone(model: Any, vocabulary_size: int) -> tuple[int, int]:
+    """Return how many parameters a classifier's backbone has, and the size of the features that it gives."""
+    if model.backbone == "encoder":
+        hidden = model.encoder.hidden_size
+        pooler = hidden * hidden + hidden if model.pooling == "first" else 0
+        return _encoder(model.encoder, vocabulary_size) + pooler, hidden
+    size = model.embedding_size
+    if model.backbone == "attention":  # the learned queries, their keys and values, and a norm gather the states
+        return vocabulary_size * size + model.num_layers * _layer(size, 4 * size) + 2 * size * size + 5 * size, size
+    gates, directions = (4 if model.cell == "lstm" else 3), (2 if model.bidirectional else 1)
+    inputs = [size] + [directions * model.hidden_size] * (model.num_layers - 1)
+    layers = sum(directions * gates * model.hidden_size * (width + model.hidden_size + 2) for width in inputs)
+    return vocabulary_size * size + layers, directions * model.hidden_size
+
+
+def _encoder(model: EncoderSection, vocabulary_size: int) -> int:
+    positions = model.max_positions if model.positions == "absolute" else 0
+    rows = padded_vocabulary(vocabulary_size, model) + positions + model.num_segments
+    return (rows + 2) * model.hidden_size + model.num_layers * _layer(model.hidden_size, model.inner_size)
+
+
+def _decoder(model: DecoderSection, vocabulary_size: int) -> int:
+    hidden, feed_forward = model.hidden_size, model.inner_size
+    embedding = padded_vocabulary(vocabulary_size, model) * hidden
     outer = embedding if model.tie_embeddings else 2 * embedding
-    if model.family == "gpt2":  # biases everywhere, two parameters a normalized feature, learned positions
-        layer = 4 * hidden * hidden + 2 * hidden * feed_forward + 9 * hidden + feed_forward
-        return outer + model.max_positions * hidden + model.num_layers * layer + 2 * hidden
+    if model.family == "gpt2":  # learned positions
+        return outer + model.max_positions * hidden + model.num_layers * _layer(hidden, feed_forward) + 2 * hidden
     key_value = model.head_size * model.key_value_heads
     layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * feed_forward + 2 * hidden
     return outer + model.num_layers * layer + hidden
+
+
+def _layer(hidden: int, feed_forward: int) -> int:
+    """Count a transformer's layer with biases everywhere and two parameters a normalized feature."""
+    return 4 * hidden * hidden + 2 * hidden * feed_forward + 9 * hidden + feed_forward
+
+
+class Start(NamedTuple):
+    """What is known, without reading weights, of the model that another starts from; None where it does not say."""
+
+    parameters: int
+    max_positions: int | None
+    num_layers: int | None
+    foreign: str | None
+    """The family, where it is not one of ours."""
+
+
+def look_at_start(path: Path) -> Start:
+    """Look at a run folder, a checkpoint or a Hugging Face folder; raise UserError for one that has no encoder."""
+    where = "model.initialize_from"
+    checkpoints = sorted(path.glob("checkpoints/step_*/manifest.json"))
+    if (path / "config.json").is_file():
+        config = _read_object(path / "config.json", where)
+        family = config.get("model_type")
+        lengths = (config.get("max_position_embeddings"), config.get("num_hidden_layers"))
+        return Start(_stored_parameters(path, where), *lengths, None if family == "bert" else str(family))
+    if not checkpoints and not (path / "manifest.json").is_file():
+        found = "holds no finished checkpoint" if path.is_dir() else "is not there"
+        advice = "give a run or checkpoint of an encoder, or a folder that transformers has saved"
+        raise UserError(where, f"{path} {found}; {advice}")
+    manifest = _read_object(checkpoints[-1] if checkpoints else path / "manifest.json", where)
+    tensors, facts, run = (manifest.get(key) or {} for key in ("tensors", "facts", "run"))
+    if not any(name.startswith(("encoder.", "backbone.encoder.")) for name in tensors):
+        raise UserError(where, f"{path} is a model of the recipe {run.get('recipe')!r}, which has no encoder")
+    shape = facts.get("encoder") or run["model"]
+    parameters = sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+    return Start(parameters, shape.get("max_positions"), shape.get("num_layers"), None)
+
+
+def _stored_parameters(folder: Path, where: str) -> int:
+    """Add up what the heads of the safetensors files say."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                head = json.loads(file.read(min(size, path.stat().st_size)))
+            total += sum(math.prod(tensor["shape"]) for name, tensor in head.items() if name != "__metadata__")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(where, f"{path} is no safetensors file") from None
+    if not total:
+        raise UserError(where, f"{folder} holds no weights in safetensors files")
+    return total
+
+
+def _read_object(path: Path, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(where, f"{path} cannot be read: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(where, f"{path} holds no JSON object")
+    return document
 
 
 def checkpoint_bytes(parameters: int, optimizer: OptimizerSection) -> int:
@@ -47,13 +136,6 @@ def vocabulary_size(tokenizer: TokenizerSection) -> int:
         return tokenizer.vocabulary_size or 0
     path = locate(tokenizer.path or "")
     return _size_of_file(path / "tokenizer.json" if path.is_dir() else path)
-
-
-def locate(path: str) -> Path:
-    """Return the path as it is, or under $BIGBATCH_DATA where only that exists."""
-    here = Path(path).expanduser()
-    below = Path(os.environ.get("BIGBATCH_DATA", ".")) / here
-    return below if not here.exists() and below.exists() else here
 
 
 def _size_of_file(path: Path) -> int:

@@ -1,24 +1,31 @@
 """Everything that can be known before the queue, in under a second and without torch."""
 
+import csv
+import gzip
 import importlib.util
 import json
 import os
+import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
-from glob import glob
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
-from bigbatch.launcher.predict import checkpoint_bytes, count_parameters, locate, vocabulary_size
+from bigbatch.launcher.predict import Start, checkpoint_bytes, count_parameters, look_at_start, vocabulary_size
 from bigbatch.launcher.problems import InvalidDocumentError, Problem
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.batch import check_batch
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
+from bigbatch.recipes.core.data.sources import SourceFile, archive_and_member, is_local, list_files
 from bigbatch.recipes.core.errors import UserError, one_line
-from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
 
-EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+SPLITS = ("train", "validation", "test")
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly
+COUNTED_BYTES = 2**26  # rows of more are not counted: that would be seconds
+HEAD_BYTES = 2**20
 RUNS = Path("runs")
 
 
@@ -49,8 +56,10 @@ def check(resolved: Resolved, ranks: int, run_dir: Path = RUNS) -> list[Finding]
     """Check a resolved run for this many data ranks against this machine: errors first, derived numbers last."""
     config: Any = resolved.config
     findings = [*_batch(config, ranks), *_data(config), *_model_files(config), *_devices(config, resolved.deepspeed)]
-    if all(finding.rule != "tokenizer" for finding in findings):  # the numbers begin with the size of the vocabulary
-        findings += [*_disk(config, run_dir), *_numbers(config)]
+    # The numbers begin with the size of the vocabulary and of the model to start from.
+    known = all(finding.rule not in ("tokenizer", "weights") for finding in findings)
+    parameters = _parameters(config) if known else None
+    findings += [*_disk(config, run_dir, parameters), *_numbers(config, parameters)]
     order = ("error", "warning", "info")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 
@@ -92,62 +101,117 @@ def _batch(config: RunConfig, ranks: int) -> Iterator[Finding]:
 
 
 def _data(config: Any) -> Iterator[Finding]:
-    if not isinstance(getattr(config, "data", None), TokenDataSection):
+    data = getattr(config, "data", None)
+    for split in SPLITS:
+        for number, source in enumerate(getattr(data, split, ())):
+            if is_local(source):
+                yield from _source(data, source, f"data.{split}[{number}]")
+
+
+def _source(data: Any, source: Any, where: str) -> Iterator[Finding]:
+    try:
+        files = list_files([source], "")
+    except UserError as error:
+        yield Finding("data", "error", error.where.replace("[0]", where, 1), error.message)
         return
-    for key in ("train", "validation"):
-        for number, source in enumerate(getattr(config.data, key)):
-            yield from _source(source, f"data.{key}[{number}]")
+    columns = _columns(files[0])
+    wanted = _wanted_columns(data, files[0])
+    for name, setting in wanted.items():
+        if columns is not None and name not in columns:
+            there = ", ".join(map(repr, columns)) or "none"
+            yield Finding(
+                "columns", "error", setting, f"{files[0].path} ({where}) has no column {name!r}; there are: {there}"
+            )
 
 
-def _source(source: str, where: str) -> Iterator[Finding]:
-    if _is_elsewhere(source):
-        return
-    files = source_files(source)
-    if not files:
-        searched = f"neither in {Path.cwd()} nor in $BIGBATCH_DATA ({os.environ.get('BIGBATCH_DATA', 'not set')})"
-        advice = f"give a file, folder or glob with {', '.join(EXTENSIONS)}"
-        yield Finding("data-missing", "error", where, f"{source!r} is {searched}", advice)
-    for file in files:
-        if not _is_text(file):
-            yield Finding("data-kind", "error", where, f"{file} is none of {', '.join(EXTENSIONS)}", "convert it")
-        elif file.stat().st_size == 0:
-            yield Finding("data-empty", "error", where, f"{file} is empty", "fill it or take it out of the sources")
+def _wanted_columns(data: Any, file: SourceFile) -> dict[str, str]:
+    """Return each column that is going to be read, and the setting that asks for it."""
+    if hasattr(data, "label_column"):
+        wanted = {name: f"data.text_columns[{number}]" for number, name in enumerate(data.text_columns)}
+        wanted[data.label_column] = "data.label_column"
+    else:  # texts without columns are taken whatever the key is
+        has_columns = file.format != "txt" and (file.format != "lines" or file.table.pattern)
+        wanted = {data.text_key: "data.text_key"} if has_columns else {}
+    return {name: setting for name, setting in wanted.items() if name not in file.table.constants}
 
 
-def source_files(source: str) -> list[Path]:
-    """Return the files of a local source, looked for here, then under $BIGBATCH_DATA."""
-    path = locate(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and _is_text(file))
-    for root in (".", os.environ.get("BIGBATCH_DATA", ".")):
-        found = glob(str(path), root_dir=root, recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
-        matches = (Path(root) / match for match in found)
-        if files := sorted(match for match in matches if match.is_file()):
-            return files
-    return []
+def _columns(file: SourceFile) -> list[str] | None:
+    """Return the columns that a file's first line names; None where it takes more than a line to know."""
+    if file.format in ("txt", "lines"):
+        return list(re.compile(file.table.pattern or "(?P<text>)").groupindex)
+    if file.table.columns:
+        return list(file.table.columns)
+    if file.format == "parquet":
+        return None
+    try:
+        with _opened(file) as stream:
+            line = stream.readline(HEAD_BYTES).decode(file.table.encoding).removeprefix("\ufeff")
+        if file.format == "jsonl":
+            row = json.loads(line)
+            return list(row) if isinstance(row, dict) else None
+        style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.format == "tsv" else {}
+        return next(csv.reader([line], **style), [])
+    except (ValueError, csv.Error, OSError, EOFError, zlib.error, zipfile.BadZipFile):
+        return None  # reading it in earnest says what is wrong, and in which line
 
 
-def _is_text(file: Path) -> bool:
-    return file.name.lower().removesuffix(".gz").endswith(EXTENSIONS)
-
-
-def _is_elsewhere(source: str) -> bool:
-    return source.startswith(("hf:", "python:"))
+@contextmanager
+def _opened(file: SourceFile) -> Iterator[IO[bytes]]:
+    """Open a file, compressed, in an archive or neither."""
+    name, member = archive_and_member(file.path)
+    with ExitStack() as stack:
+        stream: Any = stack.enter_context(Path(name).open("rb"))
+        if member:
+            stream = stack.enter_context(stack.enter_context(zipfile.ZipFile(stream)).open(member))
+        unpacked: Any = gzip.GzipFile(fileobj=stream) if file.path.lower().endswith(".gz") else stream
+        yield unpacked
 
 
 def _model_files(config: Any) -> Iterator[Finding]:
-    data, model = getattr(config, "data", None), getattr(config, "model", None)
-    if isinstance(data, TokenDataSection):
+    data: Any = getattr(config, "data", None)
+    model: Any = getattr(config, "model", None)
+    folder = getattr(model, "initialize_from", None)
+    is_classifier = hasattr(model, "backbone")
+    if hasattr(data, "tokenizer") and not (is_classifier and folder):
         try:
             vocabulary_size(data.tokenizer)
         except UserError as error:
             yield Finding("tokenizer", "error", error.where, error.message)
-    folder = getattr(model, "initialize_from", None)
-    if folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
+    if folder is not None and is_classifier:
+        yield from _start(config)
+    elif folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
         advice = "give a folder that transformers has saved"
         yield Finding("weights", "error", "model.initialize_from", f"there is no config.json in {folder}", advice)
+
+
+def _start(config: Any) -> Iterator[Finding]:
+    """Compare a classifier's settings with the model that it starts from."""
+    model, folder = config.model, config.model.initialize_from
+    try:
+        start = look_at_start(Path(folder).expanduser())
+    except UserError as error:
+        yield Finding("weights", "error", error.where, error.message)
+        return
+    length = config.data.sequence_length
+    if start.max_positions and length > start.max_positions:
+        message = f"found {length}; the model in {folder} has {start.max_positions} positions"
+        yield Finding("weights", "error", "data.sequence_length", message)
+    if start.foreign:
+        yield from _foreign(model, start)
+    elif start.num_layers and model.freeze_layers + model.redraw_layers > start.num_layers:
+        asked = f"{model.freeze_layers} frozen and {model.redraw_layers} redrawn layers"
+        message = f"{asked} are more than the {start.num_layers} of the model in {folder}"
+        yield Finding(
+            "weights", "error", "model.redraw_layers" if model.redraw_layers else "model.freeze_layers", message
+        )
+
+
+def _foreign(model: Any, start: Start) -> Iterator[Finding]:
+    """Name the settings that only our own encoder follows."""
+    for name, field in type(model).model_fields.items():
+        if name not in ("backbone", "initialize_from", "keep_head") and getattr(model, name) != field.default:
+            message = f"found {getattr(model, name)!r}, which has no effect on a {start.foreign}, run by transformers"
+            yield Finding("weights", "error", f"model.{name}", message, "leave it out")
 
 
 def _devices(config: RunConfig, deepspeed: dict[str, Any]) -> Iterator[Finding]:
@@ -172,15 +236,16 @@ def _devices(config: RunConfig, deepspeed: dict[str, Any]) -> Iterator[Finding]:
             yield Finding("device", "warning", f"zero_optimization.{name}", "needs a GPU; there is none here")
 
 
-def _disk(config: Any, run_dir: Path) -> Iterator[Finding]:
+def _disk(config: Any, run_dir: Path, parameters: "_Parameters | None") -> Iterator[Finding]:
     existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield Finding(
             "run-folder", "error", str(run_dir), f"{existing} cannot be written to", "choose another --run-dir"
         )
-    if not isinstance(getattr(config, "model", None), DecoderSection | EncoderSection):
+    keeps = config.checkpoint
+    if parameters is None:
         return
-    size, keeps = _checkpoint_bytes(config), config.checkpoint
+    size = checkpoint_bytes(parameters.count, config.optimizer)
     stay = config.schedule.total_steps // keeps.keep_every_steps if keeps.keep_every_steps else 0
     # The next one is whole before the oldest goes.
     needed, free = size * (keeps.keep + 1 + stay), shutil.disk_usage(existing).free
@@ -193,35 +258,84 @@ def _disk(config: Any, run_dir: Path) -> Iterator[Finding]:
     yield Finding("disk", severity, str(run_dir), message, advice)
 
 
-def _numbers(config: Any) -> Iterator[Finding]:
-    model, data = getattr(config, "model", None), getattr(config, "data", None)
-    if not isinstance(model, DecoderSection | EncoderSection) or not isinstance(data, TokenDataSection):
+def _numbers(config: Any, parameters: "_Parameters | None") -> Iterator[Finding]:
+    if parameters is None:
         return
-    parameters = _amount(count_parameters(model, vocabulary_size(data.tokenizer)), "")
-    about = "about " if data.tokenizer.kind == "character" else ""
-    yield Finding("numbers", "info", "model", f"{about}{parameters} parameters")
-    tokens = config.batch.global_size * data.sequence_length
-    total = tokens * config.schedule.total_steps
-    yield Finding("numbers", "info", "schedule.total_steps", f"{tokens:,} tokens a step, {_amount(total, '')} in all")
-    corpus = _corpus_tokens(data)
-    if corpus:
-        steps, epochs = max(1, corpus // tokens), total / corpus
-        yield Finding("numbers", "info", "data.train", f"about {steps:,} steps an epoch, {epochs:.3g} epochs in all")
+    data: Any = config.data
+    about = "" if parameters.is_exact else "about "
+    yield Finding("numbers", "info", "model", f"{about}{_amount(parameters.count, '')} parameters")
+    total = config.batch.global_size * config.schedule.total_steps
+    if isinstance(data, TokenDataSection):
+        tokens = config.batch.global_size * data.sequence_length
+        message = f"{tokens:,} tokens a step, {_amount(total * data.sequence_length, '')} in all"
+        yield Finding("numbers", "info", "schedule.total_steps", message)
+        samples, rows = (_corpus_tokens(data) or 0) / data.sequence_length, ""
+    else:
+        samples = _corpus_rows(data) or 0
+        rows = f"{samples:,.0f} rows, "
+    if samples:
+        steps, epochs = max(1, int(samples / config.batch.global_size)), total / samples
+        message = f"about {rows}{steps:,} steps an epoch, {epochs:.3g} epochs in all"
+        yield Finding("numbers", "info", "data.train", message)
+
+
+class _Parameters(NamedTuple):
+    count: int
+    is_exact: bool
+
+
+def _parameters(config: Any) -> _Parameters | None:
+    """Count the model's parameters; None where the document does not say enough."""
+    data: Any = getattr(config, "data", None)
+    model: Any = getattr(config, "model", None)
+    if not hasattr(data, "tokenizer"):
+        return None
+    if hasattr(model, "backbone") and getattr(model, "initialize_from", None):
+        return _Parameters(look_at_start(Path(model.initialize_from).expanduser()).parameters, False)
+    labels = len(getattr(data, "labels", ()))
+    is_exact = data.tokenizer.kind != "character" and (labels > 0 or not hasattr(model, "backbone"))
+    return _Parameters(count_parameters(model, vocabulary_size(data.tokenizer), labels), is_exact)
+
+
+def _training_files(data: Any) -> list[SourceFile]:
+    """List the files to train on; none where they are not all here."""
+    try:
+        return list_files(data.train) if all(map(is_local, data.train)) else []
+    except UserError:  # told already
+        return []
 
 
 def _corpus_tokens(data: TokenDataSection) -> int | None:
     """Estimate the training tokens by the size of the files; None where that says nothing."""
-    if any(_is_elsewhere(source) for source in data.train):
+    files = _training_files(data)
+    if any(file.path.endswith(".gz") or file.format == "parquet" for file in files):
         return None
-    files = [file for source in data.train for file in source_files(source)]
-    if any(file.suffix in (".gz", ".parquet") for file in files):
-        return None
-    size = sum(file.stat().st_size for file in files) * (1 - data.validation_fraction)
+    size = sum(file.size_bytes * _taken(file) for file in files) * (1 - data.validation_fraction)
     return int(size / (1 if data.tokenizer.kind == "character" else BYTES_PER_TOKEN))
 
 
-def _checkpoint_bytes(config: Any) -> int:
-    return checkpoint_bytes(count_parameters(config.model, vocabulary_size(config.data.tokenizer)), config.optimizer)
+def _corpus_rows(data: Any) -> float | None:
+    """Count the lines to train on, before any is left out; None where that takes long or says nothing."""
+    files = _training_files(data)
+    if sum(file.size_bytes for file in files) > COUNTED_BYTES or any(file.format == "parquet" for file in files):
+        return None
+    rows = sum(_count_rows(file) * _taken(file) for file in files)
+    held_out = [0.0 if getattr(data, split) else getattr(data, f"{split}_fraction") for split in SPLITS[1:]]
+    return rows * (1 - held_out[0]) * (1 - held_out[1])
+
+
+def _count_rows(file: SourceFile) -> int:
+    try:
+        with _opened(file) as stream:
+            lines = sum(1 for _ in stream)
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile):  # told when it is read in earnest
+        return 0
+    return lines - (file.format in ("csv", "tsv") and not file.table.columns)
+
+
+def _taken(file: SourceFile) -> float:
+    """Return the share of a file's rows that its source takes."""
+    return (1 / (file.table.take_every or 1)) * (1 - 1 / file.table.skip_every if file.table.skip_every else 1)
 
 
 def _amount(number: float, unit: str) -> str:

@@ -125,7 +125,7 @@ def _validate(config_class: type[RunConfig], document: dict[str, Any]) -> tuple[
         # From JSON, so that a list may become a tuple although types are strict.
         return config_class.model_validate_json(json.dumps(document)), []
     except ValidationError as error:
-        return None, [explain(config_class, detail) for detail in error.errors()]
+        return None, explain(config_class, error.errors())
 
 
 def _load_deepspeed(document: dict[str, Any], config: RunConfig | None) -> tuple[dict[str, Any], list[Problem]]:

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from bigbatch.launcher.problems import Problem, shown
-from bigbatch.recipes.core.config import RunConfig, TokenDataSection
-from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
+from bigbatch.launcher.problems import Problem, meant, shown
+from bigbatch.recipes.core.config import RunConfig, Section, TokenizerSection
 
 
 def broken_rules(config: RunConfig) -> list[Problem]:
@@ -42,22 +41,81 @@ def _ramp_ascends(config: RunConfig) -> Iterator[Problem]:
 
 def _tokenizer_is_whole(config: RunConfig) -> Iterator[Problem]:
     data = getattr(config, "data", None)
-    if not isinstance(data, TokenDataSection):
+    tokenizer = getattr(data, "tokenizer", None)
+    if not isinstance(data, Section) or not isinstance(tokenizer, TokenizerSection):
         return
-    kind = data.tokenizer.kind
-    if kind in ("bpe", "wordpiece") and data.tokenizer.vocabulary_size is None:
-        yield Problem("data.tokenizer.vocabulary_size", f"missing; a {kind} needs one, for example 32000")
-    if data.tokenizer.kind == "pretrained" and data.tokenizer.path is None:
+    if _starts_from_another(config):
+        default = type(data).model_fields["tokenizer"].default
+        for name, value in tokenizer:
+            if value != getattr(default, name):
+                message = f"found {shown(value)}, but model.initialize_from brings its own tokenizer; leave it out"
+                yield Problem(f"data.tokenizer.{name}", message)
+    elif tokenizer.kind in ("bpe", "wordpiece") and tokenizer.vocabulary_size is None:
+        yield Problem("data.tokenizer.vocabulary_size", f"missing; a {tokenizer.kind} needs one, for example 32000")
+    elif tokenizer.kind == "pretrained" and tokenizer.path is None:
         yield Problem("data.tokenizer.path", "missing; kind pretrained needs a tokenizer.json or a folder with one")
 
 
 def _sequence_fits(config: RunConfig) -> Iterator[Problem]:
-    model, data = getattr(config, "model", None), getattr(config, "data", None)
-    if not isinstance(model, DecoderSection | EncoderSection) or not isinstance(data, TokenDataSection):
+    length = getattr(getattr(config, "data", None), "sequence_length", 0)
+    model = getattr(config, "model", None)
+    for path, section in (("model", model), ("model.encoder", getattr(model, "encoder", None))):
+        limit = getattr(section, "max_positions", length)
+        if length > limit:
+            message = f"found {length}; right is {path}.max_positions ({limit}) or less"
+            yield Problem("data.sequence_length", message)
+
+
+def _encoder_is_one(config: RunConfig) -> Iterator[Problem]:
+    """A backbone of kind `encoder` has a shape of its own, or comes with one."""
+    model: Any = getattr(config, "model", None)
+    if getattr(model, "backbone", None) != "encoder":
         return
-    if data.sequence_length > model.max_positions:
-        found, limit = data.sequence_length, model.max_positions
-        yield Problem("data.sequence_length", f"found {found}; right is model.max_positions ({limit}) or less")
+    shape = model.encoder
+    if shape is None and model.initialize_from is None:
+        yield Problem("model.encoder", "missing; right is a shape, or a model.initialize_from that brings one")
+    elif shape is not None and model.initialize_from is not None:
+        message = "found a shape, but model.initialize_from brings its own; leave one of them out"
+        yield Problem("model.encoder", message)
+    elif shape is not None and shape.initialize_from is not None:
+        found = shown(shape.initialize_from)
+        yield Problem(
+            "model.encoder.initialize_from", f"found {found}; right is model.initialize_from, without a shape"
+        )
+    elif shape is not None and model.freeze_layers > shape.num_layers:
+        message = f"found {model.freeze_layers}; right is model.encoder.num_layers ({shape.num_layers}) or less"
+        yield Problem("model.freeze_layers", message)
+
+
+def _starts_from_another(config: Any) -> bool:
+    """Tell whether tokenizer and shape come from elsewhere."""
+    model = getattr(config, "model", None)
+    return hasattr(model, "backbone") and getattr(model, "initialize_from", None) is not None
+
+
+def _heads_are_even(config: RunConfig) -> Iterator[Problem]:
+    """The attention backbone turns pairs of a head's numbers (rotary positions)."""
+    model: Any = getattr(config, "model", None)
+    if getattr(model, "backbone", None) != "attention" or model.embedding_size % (2 * model.num_heads) == 0:
+        return
+    multiple = f"a number of which embedding_size ({model.embedding_size}) is an even multiple"
+    yield Problem("model.num_heads", f"found {model.num_heads}; right is {multiple}")
+
+
+def _labels_are_sound(config: RunConfig) -> Iterator[Problem]:
+    data: Any = getattr(config, "data", None)
+    if not hasattr(data, "label_column"):
+        return
+    if data.label_column in data.text_columns:
+        yield Problem("data.label_column", f"found {shown(data.label_column)}, which is one of data.text_columns too")
+    if len(data.labels) == 1:
+        yield Problem("data.labels", f"found {shown(data.labels)}; a classifier chooses among two or more")
+    for name in sorted({name for name in data.labels if data.labels.count(name) > 1}):
+        yield Problem("data.labels", f"{shown(name)} stands there twice")
+    weights: Any = getattr(getattr(config, "objective", None), "class_weights", None)
+    named = set(weights) if isinstance(weights, dict) and data.labels else set()
+    for name in sorted(named - set(data.labels)):
+        yield Problem(f"objective.class_weights.{name}", f"no such label; {meant(name, data.labels)}")
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
@@ -65,6 +123,9 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _ramp_ascends,
     _tokenizer_is_whole,
     _sequence_fits,
+    _encoder_is_one,
+    _heads_are_even,
+    _labels_are_sound,
 )
 
 
@@ -72,7 +133,7 @@ class _Effect(NamedTuple):
     """A setting, when it has an effect, and that condition in words."""
 
     path: str
-    has_effect: Callable[[Any], bool]
+    has_effect: Callable[[Any], Any]
     needs: str
 
 
@@ -84,8 +145,17 @@ def _trains_a_tokenizer(run: Any) -> bool:
     return run.data.tokenizer.kind in ("bpe", "wordpiece")
 
 
-def _is_rotary(run: Any) -> bool:
-    return getattr(run.model, "family", None) == "llama" or getattr(run.model, "positions", None) == "rotary"
+def _is_rotary(model: Any) -> bool:
+    return getattr(model, "family", None) == "llama" or getattr(model, "positions", None) == "rotary"
+
+
+def _has_validation(run: Any) -> bool:
+    data = getattr(run, "data", None)
+    return bool(getattr(data, "validation", None) or getattr(data, "validation_fraction", 1))
+
+
+def _has_held_out(run: Any) -> bool:
+    return bool(run.data.validation or run.data.validation_fraction or run.data.test or run.data.test_fraction)
 
 
 _EFFECTS = (
@@ -99,6 +169,7 @@ _EFFECTS = (
     _Effect("precision.scale_window", _scales_dynamically, "dtype fp16 with a dynamic scale"),
     _Effect("precision.static_loss_scale", lambda run: run.precision.dtype == "fp16", "precision.dtype fp16"),
     _Effect("precision.max_skipped_steps", lambda run: run.precision.on_non_finite == "skip", "on_non_finite skip"),
+    _Effect("evaluate.best_by", _has_validation, "data.validation or a data.validation_fraction above 0"),
     _Effect("data.validation_fraction", lambda run: not run.data.validation, "that data.validation names no sources"),
     _Effect(
         "data.validation_split", lambda run: run.data.validation_fraction > 0, "a data.validation_fraction above 0"
@@ -107,8 +178,24 @@ _EFFECTS = (
     _Effect("data.tokenizer.vocabulary_size", _trains_a_tokenizer, "kind bpe or wordpiece"),
     _Effect("data.tokenizer.train_characters", _trains_a_tokenizer, "kind bpe or wordpiece"),
     _Effect("data.tokenizer.lowercase", lambda run: run.data.tokenizer.kind == "wordpiece", "kind wordpiece"),
-    _Effect("model.rope_theta", _is_rotary, "rotary positions"),
+    _Effect("model.rope_theta", lambda run: _is_rotary(run.model), "rotary positions"),
+    _Effect("model.encoder.rope_theta", lambda run: _is_rotary(run.model.encoder), "rotary positions"),
     _Effect("model.initializer_range", lambda run: run.model.initialize_from is None, "weights drawn here"),
+    _Effect("data.test_fraction", lambda run: not run.data.test, "that data.test names no sources"),
+    _Effect(
+        "data.split_seed",
+        lambda run: run.data.validation_fraction > 0 or run.data.test_fraction > 0,
+        "a data.validation_fraction or data.test_fraction above 0",
+    ),
+    _Effect("data.on_leak", _has_held_out, "validation or test rows"),
+    _Effect("data.label_separator", lambda run: run.data.multi_label, "data.multi_label"),
+    _Effect("objective.threshold", lambda run: run.data.multi_label, "data.multi_label"),
+    _Effect("data.packing", lambda run: getattr(run.model, "backbone", "") != "rnn", "a backbone that attends"),
+    _Effect("model.keep_head", _starts_from_another, "model.initialize_from"),
+    _Effect("model.redraw_layers", _starts_from_another, "model.initialize_from"),
+    _Effect(
+        "model.dropout", lambda run: getattr(run.model, "backbone", "") != "attention" or run.model.num_layers, "layers"
+    ),
     _Effect("sample.top_k", lambda run: run.sample.temperature > 0, "a sample.temperature above 0"),
     _Effect("sample.top_p", lambda run: run.sample.temperature > 0, "a sample.temperature above 0"),
 )

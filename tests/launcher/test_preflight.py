@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from bigbatch.launcher.predict import checkpoint_bytes, count_parameters
 from bigbatch.launcher.preflight import check, check_run, has_errors, render, to_json
@@ -66,7 +69,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
 def test_a_missing_source_says_where_it_was_looked_for(here, monkeypatch):
     monkeypatch.setenv("BIGBATCH_DATA", "/nowhere")
     assert told(findings_of('data.train=["text.txt", "no/*.txt"]')) == [
-        f"data.train[1]: 'no/*.txt' is neither in {here} nor in $BIGBATCH_DATA (/nowhere)"
+        f"data.train[1]: 'no/*.txt' is no file, folder or glob in {here}, nor in $BIGBATCH_DATA (/nowhere)"
     ]
 
 
@@ -94,8 +97,9 @@ def test_an_empty_source_and_one_that_is_no_text_are_refused(here):
     (here / "empty.txt").touch()
     (here / "picture.png").write_bytes(b"x")
     assert told(findings_of('data.train=["empty.txt", "picture.png"]')) == [
-        "data.train[0]: empty.txt is empty",
-        "data.train[1]: picture.png is none of .txt, .jsonl, .csv, .tsv, .parquet",
+        f"data.train[0]: {here}/empty.txt is empty",
+        "data.train[1]: picture.png is no .txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file; "
+        "`format` says how to read another",
     ]
 
 
@@ -240,3 +244,203 @@ def test_an_encoders_parameters_are_counted_without_building_it(changes):
 def test_the_published_size_of_bert_base_is_met():
     # transformers' BertForMaskedLM of bert-base-uncased: 109,514,298; ours has 6 rows of padding.
     assert count_parameters(EncoderSection(), 30522) == 109_514_298 + 6 * (768 + 1)
+
+
+# ------------------------------------------------------------------------------------------------- classification
+
+TINY_ENCODER = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "max_positions": 64}
+
+
+@pytest.fixture
+def classify(here):
+    """Give a function that checks a classification of the rows in rows.csv, with changes to its sections."""
+    (here / "rows.csv").write_text("text,label\n" + "you won,spam\nsee you,ham\n" * 50)
+
+    def check_classify(**changes):
+        document = {
+            "version": 1,
+            "recipe": "classify",
+            "model": {"backbone": "attention"},
+            "data": {"train": ["rows.csv"], "sequence_length": 64, "tokenizer": {"kind": "wordpiece"}},
+            "batch": {"global_size": 10},
+            "optimizer": {"learning_rate": 0.001},
+            "schedule": {"total_steps": 30},
+        }
+        for section, values in changes.items():
+            replaces = "backbone" in values
+            document[section] = values if replaces else {**document.get(section, {}), **values}
+        if not document["model"].get("initialize_from"):
+            document["data"]["tokenizer"]["vocabulary_size"] = 500
+        (here / "run.json").write_text(json.dumps(document))
+        return check_run("run.json", [], 1)
+
+    return check_classify
+
+
+def test_a_classification_is_told_its_size_and_its_steps(classify):
+    findings = classify(data={"labels": ["ham", "spam"]})
+    assert told(findings) == []
+    assert told(findings, "info")[2:] == [
+        "model: 296 k parameters",
+        "data.train: about 100 rows, 10 steps an epoch, 3 epochs in all",
+    ]
+
+
+def test_what_is_cut_or_left_out_is_no_row_to_train_on(classify):
+    source = {"path": "rows.csv", "skip_every": 10}
+    findings = classify(data={"train": [source], "validation_fraction": 0.2, "test_fraction": 0.5})
+    # 100 rows, nine tenths taken, half of them the test split's, a fifth of the rest the validation split's
+    assert "data.train: about 36 rows, 3 steps an epoch, 8.33 epochs in all" in told(findings, "info")
+
+
+def test_rows_are_counted_in_an_archive_too(classify, here):
+    with zipfile.ZipFile("rows.zip", "w") as archive:
+        archive.writestr("deep/down.dat", "you won\tspam\n" * 70)
+    source = {"path": "rows.zip!deep/down.dat", "format": "tsv", "columns": ["text", "label"]}
+    findings = classify(data={"train": [source]})
+    assert told(findings) == []
+    assert any("about 70 rows" in line for line in told(findings, "info"))
+    assert told(classify(data={"train": [source], "test": ["rows.zip!deep/downn.csv"]})) == [
+        "data.test[0]: rows.zip holds no 'deep/downn.csv'; nearest: deep/down.dat"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.csv", "text,kind\nyou won,spam\n"),
+        ("x.tsv", "text\tkind\nyou won\tspam\n"),
+        ("x.jsonl", '{"text": "you won", "kind": "spam"}\n'),
+    ],
+)
+def test_a_missing_column_is_told_with_those_there(classify, here, name, content):
+    (here / name).write_text(content)
+    data = {"train": ["rows.csv"], "validation": [name]}
+    message = f"{here}/{name} (data.validation[0]) has no column 'label'; there are: 'text', 'kind'"
+    assert told(classify(data=data)) == [f"data.label_column: {message}"]
+    assert told(classify(data={**data, "train": [name], "label_column": "kind"})) == []
+    assert told(classify(data={**data, "train": [name], "label_column": "kind", "text_columns": ["text", "body"]})) == [
+        f"data.text_columns[1]: {here}/{name} ({where}) has no column 'body'; there are: 'text', 'kind'"
+        for where in ("data.train[0]", "data.validation[0]")
+    ]
+
+
+def test_a_constant_is_a_column_and_so_is_a_group_of_the_pattern(classify, here):
+    (here / "good.txt").write_text("fine\n" * 10)
+    (here / "both.txt").write_text("ham fine\n" * 10)
+    constant = {"path": "good.txt", "format": "lines", "constants": {"label": "ham"}}
+    pattern = {"path": "both.txt", "format": "lines", "pattern": "(?P<label>\\w+) (?P<text>.*)"}
+    assert told(classify(data={"train": [constant, pattern]})) == []
+    assert told(classify(data={"train": ["good.txt"]})) == [
+        f"data.label_column: {here}/good.txt (data.train[0]) has no column 'label'; there are: 'text'"
+    ]
+
+
+def test_the_text_key_of_a_language_models_source_is_looked_for_too(here):
+    (here / "rows.jsonl").write_text('{"body": "to be"}\n')
+    assert told(findings_of('data.train=["rows.jsonl"]')) == [
+        f"data.text_key: {here}/rows.jsonl (data.train[0]) has no column 'text'; there are: 'body'"
+    ]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"backbone": "attention", "embedding_size": 24, "num_heads": 3},
+        {"backbone": "attention", "embedding_size": 16, "num_layers": 0},
+        {"backbone": "attention", "embedding_size": 16, "num_layers": 2},
+        {"backbone": "rnn", "embedding_size": 12, "hidden_size": 8},
+        {"backbone": "rnn", "embedding_size": 12, "hidden_size": 8, "cell": "gru", "num_layers": 3},
+        {"backbone": "rnn", "embedding_size": 12, "hidden_size": 8, "bidirectional": False, "num_layers": 2},
+        {"backbone": "encoder", "encoder": TINY_ENCODER},
+        {"backbone": "encoder", "encoder": {**TINY_ENCODER, "norm": "pre", "positions": "rotary"}, "pooling": "mean"},
+    ],
+    ids=lambda model: "-".join(str(value) for value in model.values() if not isinstance(value, dict)),
+)
+def test_a_classifiers_parameters_are_counted_without_building_it(classify, here, model):
+    from bigbatch.recipes.classify.models import build_classifier
+
+    findings = classify(model=model, data={"labels": ["x", "y", "z"]})
+    assert told(findings) == []
+    config = resolve("run.json").config
+    facts = {"vocabulary_size": 500, "labels": ["x", "y", "z"], "encoder": model.get("encoder")}
+    built = build_classifier(config, facts, initialize=False)
+    assert count_parameters(config.model, 500, 3) == sum(parameter.numel() for parameter in built.parameters())
+
+
+def start_from(folder, **settings):
+    return {"backbone": "encoder", "initialize_from": str(folder), **settings}
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """Write a folder as transformers does, of a BERT with 2 layers, 64 positions and 1,600 weights in two files."""
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    config = {"model_type": "bert", "max_position_embeddings": 64, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    for number, tensor in enumerate((np.zeros((99, 16), np.float16), np.zeros(16, np.float32)), 1):
+        save_file({f"bert.{number}": tensor}, folder / f"model-{number}.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_model_to_start_from_says_its_size_without_being_read(classify, bert):
+    findings = classify(model=start_from(bert, freeze_layers=1, redraw_layers=1, keep_head=True))
+    assert told(findings) == []
+    assert "model: about 1.6 k parameters" in told(findings, "info")
+
+
+def test_settings_that_do_not_fit_the_model_to_start_from_are_refused(classify, bert):
+    assert told(classify(model=start_from(bert, freeze_layers=1, redraw_layers=2), data={"sequence_length": 65})) == [
+        f"data.sequence_length: found 65; the model in {bert} has 64 positions",
+        f"model.redraw_layers: 1 frozen and 2 redrawn layers are more than the 2 of the model in {bert}",
+    ]
+
+
+def test_settings_that_transformers_own_model_does_not_follow_are_refused(classify, bert):
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps({**config, "model_type": "distilbert"}))
+    assert told(classify(model=start_from(bert, keep_head=True))) == []
+    assert told(classify(model=start_from(bert, layer_decay=0.5))) == [
+        "model.layer_decay: found 0.5, which has no effect on a distilbert, run by transformers"
+    ]
+
+
+def checkpoint_of(run, folder, tensors, model):
+    folder.mkdir(parents=True)
+    manifest = {"run": {"recipe": run, "model": model}, "facts": {}, "tensors": tensors}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_run_and_a_checkpoint_are_models_to_start_from(classify, here):
+    tensors = {"encoder.embed.tokens.weight": {"shape": [500, 16]}, "head.bias": {"shape": [500]}}
+    model = {"max_positions": 32, "num_layers": 2}
+    checkpoint = checkpoint_of("bert_pretrain", here / "run/checkpoints/step_00000100", tensors, model)
+    for folder in (here / "run", checkpoint):
+        findings = classify(model=start_from(folder), data={"sequence_length": 32})
+        assert told(findings) == []
+        assert "model: about 8.5 k parameters" in told(findings, "info")
+        (line,) = told(classify(model=start_from(folder), data={"sequence_length": 33}))
+        assert line == f"data.sequence_length: found 33; the model in {folder} has 32 positions"
+
+
+def test_a_folder_that_is_no_model_to_start_from_is_refused(classify, here):
+    (here / "empty/checkpoints").mkdir(parents=True)
+    gpt = checkpoint_of("gpt", here / "gpt", {"embed.tokens.weight": {"shape": [9, 9]}}, {})
+    (here / "weightless").mkdir()
+    (here / "weightless/config.json").write_text("{}")
+    advice = "give a run or checkpoint of an encoder, or a folder that transformers has saved"
+    for folder, message in (
+        (here / "none", f"is not there; {advice}"),
+        (here / "empty", f"holds no finished checkpoint; {advice}"),
+        (gpt, "is a model of the recipe 'gpt', which has no encoder"),
+        (here / "weightless", "holds no weights in safetensors files"),
+    ):
+        assert told(classify(model=start_from(folder))) == [f"model.initialize_from: {folder} {message}"]
+    (here / "weightless/model.safetensors").write_bytes(b"not weights")
+    (line,) = told(classify(model=start_from(here / "weightless")))
+    assert line.endswith("weightless/model.safetensors is no safetensors file")
+    (here / "weightless/config.json").write_text("[]")
+    (line,) = told(classify(model=start_from(here / "weightless")))
+    assert line.endswith("weightless/config.json holds no JSON object")

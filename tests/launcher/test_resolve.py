@@ -402,3 +402,154 @@ def test_resuming_with_another_setting_is_judged_by_what_it_touches(small, overr
 
 def test_a_document_compared_with_itself_has_no_changes(small):
     assert compare(resolve(small).document, resolve(small).document) == []
+
+
+# ------------------------------------------------------------------------------------------------- classification
+
+CLASSIFY = {
+    **SMALL,
+    "recipe": "classify",
+    "model": {"backbone": "attention"},
+    "data": {"train": ["rows.csv"], "sequence_length": 64, "tokenizer": {"kind": "wordpiece", "vocabulary_size": 500}},
+}
+ENCODER = 'model={"backbone":"encoder","encoder":{"max_positions":128}}'
+FROM_FOLDER = 'model={"backbone":"encoder","initialize_from":"bert"}'
+NO_TOKENIZER = 'data.tokenizer={"kind":"wordpiece"}'
+
+
+@pytest.fixture
+def classify(tmp_path):
+    return write(tmp_path / "classify.json", CLASSIFY)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.hiden_size=3", "--set model.hiden_size: unknown key; did you mean 'hidden_size'?"),
+        ("model.encoder.num_headz=3", "--set model.encoder.num_headz: unknown key; did you mean 'num_heads'?"),
+        ("model.hidden_size=3", "model.hidden_size: unknown key; it belongs to backbone rnn, not to attention"),
+        ('model={"backbone":"rnn","hiden_size":3}', "model.hiden_size: unknown key; did you mean 'hidden_size'?"),
+        (
+            'model={"backbone":"encoder","encoder":{"num_headz":3}}',
+            "model.encoder.num_headz: unknown key; did you mean 'num_heads'?",
+        ),
+        (
+            'model={"backbone":"encoder","encoder":{"num_heads":7}}',
+            "model.encoder: hidden_size 768 is not a multiple of num_heads 7",
+        ),
+        (
+            "model.backbone=atention",
+            "model.backbone: found \"atention\"; right is one of encoder, attention, rnn; did you mean 'attention'?",
+        ),
+        ("model.backbone=null", "model.backbone: found null; right is one of encoder, attention, rnn"),
+        ("model={}", "model.backbone: missing; right is one of encoder, attention, rnn"),
+        ("model=3", "model: found 3; right is an object with keys"),
+        ("model.num_layers=-1", "model.num_layers: found -1; right is 0 or more"),
+        ("data.train=[3]", "data.train[0]: found 3; right is a string, or an object with keys"),
+        ("data.train=[]", "data.train: found []; right is 1 or more elements"),
+        (
+            'data.train=["a.csv",{"path":"b","format":"cvs"}]',
+            "data.train[1].format: found \"cvs\"; right is 'txt', 'lines', 'csv', 'tsv', 'jsonl' or 'parquet'; "
+            "did you mean 'csv'?",
+        ),
+        ('data.train=[{"path":"b","encodin":"x"}]', "data.train[0].encodin: unknown key; did you mean 'encoding'?"),
+        (
+            'data.train=[{"path":"b","constants":{"label":1}}]',
+            "data.train[0].constants.label: found 1; right is a string",
+        ),
+        (
+            "objective.class_weights=balancd",
+            "objective.class_weights: found \"balancd\"; right is 'none' or 'balanced', or an object with keys; "
+            "did you mean 'balanced'?",
+        ),
+        ('objective.class_weights={"ham":0}', "objective.class_weights.ham: found 0; right is more than 0.0"),
+    ],
+)
+def test_a_wrong_setting_of_one_of_several_kinds_is_told_in_one_line(classify, override, line):
+    assert problems_of(classify, override) == [line]
+
+
+def test_a_backbone_is_chosen_and_set_by_name(classify):
+    assert resolve(classify, ["model.num_heads=2"]).config.model.num_heads == 2
+    model = resolve(classify, ['model={"backbone":"rnn"}', "model.cell=gru"]).config.model
+    assert (model.backbone, model.cell) == ("rnn", "gru")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (
+            [ENCODER, "data.sequence_length=129"],
+            ["data.sequence_length: found 129; right is model.encoder.max_positions (128) or less"],
+        ),
+        (
+            ['model={"backbone":"encoder"}'],
+            ["model.encoder: missing; right is a shape, or a model.initialize_from that brings one"],
+        ),
+        (
+            [ENCODER, "model.initialize_from=bert", NO_TOKENIZER],
+            ["model.encoder: found a shape, but model.initialize_from brings its own; leave one of them out"],
+        ),
+        (
+            [ENCODER, "model.encoder.initialize_from=bert"],
+            ['model.encoder.initialize_from: found "bert"; right is model.initialize_from, without a shape'],
+        ),
+        (
+            [FROM_FOLDER],
+            [
+                "data.tokenizer.vocabulary_size: found 500, but model.initialize_from brings its own tokenizer; "
+                "leave it out"
+            ],
+        ),
+        ([NO_TOKENIZER], ["data.tokenizer.vocabulary_size: missing; a wordpiece needs one, for example 32000"]),
+        (
+            [ENCODER, "model.freeze_layers=13"],
+            ["model.freeze_layers: found 13; right is model.encoder.num_layers (12) or less"],
+        ),
+        (
+            ["model.num_heads=3"],
+            ["model.num_heads: found 3; right is a number of which embedding_size (128) is an even multiple"],
+        ),
+        (
+            ["data.label_column=text"],
+            ['data.label_column: found "text", which is one of data.text_columns too'],
+        ),
+        (['data.labels=["ham"]'], ['data.labels: found ["ham"]; a classifier chooses among two or more']),
+        (['data.labels=["ham","spam","ham"]'], ['data.labels: "ham" stands there twice']),
+        (
+            ['data.labels=["ham","spam"]', 'objective.class_weights={"spm":2}'],
+            ["objective.class_weights.spm: no such label; did you mean 'spam'?"],
+        ),
+    ],
+)
+def test_settings_of_a_classification_that_contradict_each_other_are_refused(classify, overrides, lines):
+    assert problems_of(classify, *overrides) == lines
+
+
+def test_a_model_to_start_from_needs_no_tokenizer_and_resolves_to_itself(classify, tmp_path):
+    first = resolve(classify, [FROM_FOLDER, NO_TOKENIZER, "model.redraw_layers=2", "model.keep_head=true"])
+    assert resolve(write(tmp_path / "run.json", first.document)) == first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "cure"),
+    [
+        (["data.label_separator=;"], "data.label_separator", "data.multi_label=true"),
+        (["objective.threshold=0.3"], "objective.threshold", "data.multi_label=true"),
+        (['data.test=["t"]', "data.test_fraction=0.1"], "data.test_fraction", "data.test=[]"),
+        (['data.validation=["v"]', "data.validation_fraction=0.1"], "data.validation_fraction", "data.validation=[]"),
+        (["data.split_seed=3"], "data.split_seed", "data.test_fraction=0.1"),
+        (["data.on_leak=drop"], "data.on_leak", 'data.test=["t"]'),
+        (["evaluate.best_by=accuracy"], "evaluate.best_by", "data.validation_fraction=0.1"),
+        (['model={"backbone":"rnn"}', "data.packing=false"], "data.packing", 'model={"backbone":"attention"}'),
+        ([ENCODER, "model.keep_head=true"], "model.keep_head", "model.keep_head=false"),
+        ([ENCODER, "model.redraw_layers=1"], "model.redraw_layers", "model.redraw_layers=0"),
+        (["model.num_layers=0", "model.dropout=0.3"], "model.dropout", "model.num_layers=1"),
+        ([ENCODER, "model.encoder.rope_theta=5.0"], "model.encoder.rope_theta", "model.encoder.positions=rotary"),
+    ],
+)
+def test_a_setting_without_effect_on_a_classification_is_refused_until_it_has_one(classify, overrides, path, cure):
+    (line,) = problems_of(classify, *overrides)
+    assert line.startswith(f"{path}: found ")
+    assert "has no effect in this run" in line
+    assert resolve(classify, [*overrides, cure]).config is not None
