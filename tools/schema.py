@@ -57,11 +57,15 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 def run_document_schema(recipe: str) -> dict[str, Any]:
     """Return the JSON Schema of a recipe's run document as a file.
 
-    A file may take anything but its version from the document that it extends, so nothing else is required.
+    A file may take anything but its version from the document that it extends, so nothing else is required; nor that a
+    section of several kinds says which one it is, so that it may look like more than one.
     """
     schema = find_config(recipe).model_json_schema()
     for definition in [schema, *schema["$defs"].values()]:
         definition.pop("required", None)
+        for value in definition["properties"].values():
+            if value.pop("discriminator", None):
+                value["anyOf"] = value.pop("oneOf")
     schema["properties"] = {
         "version": schema["properties"].pop("version"),
         "extends": {"type": "string", "description": "Name or path of the run document that this one changes."},
