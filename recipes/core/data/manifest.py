@@ -3,7 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pydantic
@@ -16,6 +16,8 @@ MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
 TOKENS_SUFFIX, STARTS_SUFFIX = ".bin", ".idx"
 START_BYTES = 8
+
+AnyManifest = TypeVar("AnyManifest", bound=Section)
 
 
 class Shard(Section):
@@ -73,10 +75,15 @@ class Manifest(Section):
 
 
 def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a prepared folder of token shards."""
+    return parse_manifest(folder, Manifest)
+
+
+def parse_manifest(folder: Path, kind: type[AnyManifest]) -> AnyManifest:
     """Read a prepared folder's manifest."""
     path = folder / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(str(folder), "is not a prepared folder: it has no manifest.json") from None
     except pydantic.ValidationError as error:
@@ -85,21 +92,28 @@ def read_manifest(folder: Path) -> Manifest:
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
     """Raise for a shard that is missing or has another size than the manifest says; cheap enough for every start."""
-    for path, size_bytes, _ in _files(folder, manifest):
-        found = path.stat().st_size if path.is_file() else None
-        if found != size_bytes:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size_bytes}"
-            raise UserError(str(path), f"{state}; remove {folder} and prepare again")
+    for name, size_bytes, _ in _files(manifest):
+        check_file(folder, name, size_bytes)
 
 
 def verify(folder: Path) -> Manifest:
     """Read every byte and compare its hash; raise for the first shard that differs."""
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
-    for path, _, content_hash in _files(folder, manifest):
-        if hash_of(path) != content_hash:
-            raise UserError(str(path), f"has changed since it was written; remove {folder} and prepare again")
+    for name, size_bytes, content_hash in _files(manifest):
+        check_file(folder, name, size_bytes, content_hash)
     return manifest
+
+
+def check_file(folder: Path, name: str, size_bytes: int, content_hash: str | None = None) -> None:
+    """Raise UserError for a file that is missing, or has another size, or other bytes where a hash is given."""
+    path = folder / name
+    found = path.stat().st_size if path.is_file() else None
+    if found != size_bytes:
+        state = "is missing" if found is None else f"has {found} bytes instead of {size_bytes}"
+        raise UserError(str(path), f"{state}; remove {folder} and prepare again")
+    if content_hash and hash_of(path) != content_hash:
+        raise UserError(str(path), f"has changed since it was written; remove {folder} and prepare again")
 
 
 def source_record(identity: tuple[str, int, int], split: str, content_hash: str) -> Source:
@@ -122,23 +136,23 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a folder's names, or a file's bytes, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _files(folder: Path, manifest: Manifest) -> list[tuple[Path, int, str]]:
+def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
+    """Return each file's name, size and hash."""
     token_bytes = np.dtype(manifest.dtype).itemsize
     files = []
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
-        path = folder / shard.name
-        files.append((path.with_suffix(TOKENS_SUFFIX), shard.num_tokens * token_bytes, shard.tokens_hash))
-        files.append((path.with_suffix(STARTS_SUFFIX), shard.num_documents * START_BYTES, shard.starts_hash))
+        files.append((shard.name + TOKENS_SUFFIX, shard.num_tokens * token_bytes, shard.tokens_hash))
+        files.append((shard.name + STARTS_SUFFIX, shard.num_documents * START_BYTES, shard.starts_hash))
     return files

@@ -48,16 +48,20 @@ class TextTokenizer(NamedTuple):
     """The token that ends every document."""
     begin_of_text: int | None
     """The token that begins every document, where the tokenizer has one for classes ([CLS])."""
+    unknown: int | None
+    """The token for what the vocabulary does not have, where there is one of its own."""
     vocabulary_size: int
     """The largest token plus one."""
     fingerprint: str
 
 
-def make_tokenizer(section: TokenizerSection, texts: Iterable[str], folder: Path) -> TextTokenizer:
+def make_tokenizer(
+    section: TokenizerSection, texts: Iterable[str], folder: Path, knows_all: bool = True
+) -> TextTokenizer:
     """Train a tokenizer on the texts, or copy a given one, into a folder that transformers' AutoTokenizer opens.
 
-    A `character` tokenizer, too, sees no more than `train_characters`; where there are more, it has a token for unknown
-    characters, else none.
+    A `character` tokenizer, too, sees no more than `train_characters`; where there are more, or the texts are not all
+    that it is for, it has a token for unknown characters, else none.
     """
     if section.kind not in ("bpe", "wordpiece") and section.vocabulary_size is not None:
         raise UserError("data.tokenizer.vocabulary_size", f"has no effect on kind {section.kind!r}; remove it")
@@ -71,7 +75,7 @@ def make_tokenizer(section: TokenizerSection, texts: Iterable[str], folder: Path
     elif section.kind == "wordpiece":
         tokenizer, settings = _train_wordpiece(section, texts), WORDPIECE_SETTINGS
     else:
-        tokenizer = _list_characters(section, texts)
+        tokenizer = _list_characters(section, texts, knows_all)
         if tokenizer.token_to_id(UNKNOWN) is not None:
             settings["unk_token"] = UNKNOWN
     plain = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -95,8 +99,11 @@ def load_given_tokenizer(folder: Path) -> TextTokenizer:
 def _described(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], path: Path) -> TextTokenizer:
     vocabulary = tokenizer.get_vocab()
     begin_of_text = vocabulary.get(token_name(settings, "cls_token"))
+    end_of_text = vocabulary[settings["eos_token"]]
+    unknown = vocabulary.get(getattr(tokenizer.model, "unk_token", None) or token_name(settings, "unk_token"))
+    unknown = None if unknown == end_of_text else unknown  # as GPT-2's configuration says, whose bytes know everything
     size = max(vocabulary.values()) + 1
-    return TextTokenizer(tokenizer, vocabulary[settings["eos_token"]], begin_of_text, size, fingerprint(path))
+    return TextTokenizer(tokenizer, end_of_text, begin_of_text, unknown, size, fingerprint(path))
 
 
 def encode_documents(tokenizer: TextTokenizer, texts: list[str]) -> list[np.ndarray]:
@@ -235,7 +242,7 @@ def _wordpiece_letters(texts: list[str], normalizer: Any) -> tuple[list[str], li
     return letters, [f"##{letter}" for letter in letters if len(split(f"a{letter}")) == 1]
 
 
-def _list_characters(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.Tokenizer:
+def _list_characters(section: TokenizerSection, texts: Iterable[str], knows_all: bool) -> tokenizers.Tokenizer:
     characters: set[str] = set()
     room = section.train_characters
     for text in texts:
@@ -243,7 +250,7 @@ def _list_characters(section: TokenizerSection, texts: Iterable[str]) -> tokeniz
         room -= len(text)
         if room < 0:
             break
-    special = [END_OF_TEXT, UNKNOWN] if room < 0 else [END_OF_TEXT]
+    special = [END_OF_TEXT] if room >= 0 and knows_all else [END_OF_TEXT, UNKNOWN]
     vocabulary = {token: number for number, token in enumerate(special + sorted(characters))}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")

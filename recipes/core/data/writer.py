@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bigbatch.recipes.core.config import Section
-from bigbatch.recipes.core.data.manifest import STARTS_SUFFIX, TOKENS_SUFFIX, Shard, Split, hash_of, sync_folder
+from bigbatch.recipes.core.data.manifest import STARTS_SUFFIX, TOKENS_SUFFIX, Shard, Split, hash_of, sync
 from bigbatch.recipes.core.errors import UserError
 
 
@@ -91,7 +91,7 @@ class ShardWriter:
             tokens_hash=hash_of(self._path(TOKENS_SUFFIX)),
             starts_hash=hash_of(self._path(STARTS_SUFFIX)),
         )
-        sync_folder(self.folder / self.split)
+        sync(self.folder / self.split)
         self.files = None
         self.state = self.state.model_copy(update={"shards": (*self.state.shards, shard)})
 

@@ -1,0 +1,468 @@
+"""Labeled texts: from rows to a prepared folder, and its splits as samples.
+
+N texts of a batch are cut into W windows, which lie in R rows of T tokens; C labels.
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+import xxhash
+
+from bigbatch.recipes.classify.config import LabeledDataSection
+from bigbatch.recipes.core.config import TokenizerSection
+from bigbatch.recipes.core.data.clean import clean
+from bigbatch.recipes.core.data.examples import (
+    ORIGIN,
+    Built,
+    Examples,
+    Request,
+    latest_examples,
+    prepare_examples,
+    read_examples,
+    write_split,
+)
+from bigbatch.recipes.core.data.packing import cut_windows, lay_out, truncated
+from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
+from bigbatch.recipes.core.data.sampler import Order, random_words
+from bigbatch.recipes.core.data.sources import SourceFile, list_files, shared_file
+from bigbatch.recipes.core.data.tokenizing import (
+    TextTokenizer,
+    encode_documents,
+    fingerprint,
+    given_tokenizer_file,
+    load_tokenizer,
+    make_tokenizer,
+)
+from bigbatch.recipes.core.errors import UserError
+
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+# How texts become rows of tokens is decided when a split is opened, so these change nothing in the prepared folder.
+NOT_CONTENT = {"prepared_dir", "sequence_length", "packing", "on_long_text"}
+ROWS_AT_ONCE = 1024
+RARE = ("",)  # stands for all sets of labels of which a share is less than a row
+DROPOUT = 0  # stream of random numbers
+SHOWN_LABELS = 5
+
+
+class LabeledRow(NamedTuple):
+    """A text, cleaned, and its labels: one, or with multi_label any number, sorted."""
+
+    text: str
+    labels: tuple[str, ...]
+    origin: str
+
+
+def prepare(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> Path:
+    """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it.
+
+    The tokenizer is that of a folder, or is made as the settings say.
+    """
+    request = Request(_settings(data, tokenizer_folder), _list_files(data), _tokenizer_hash(data, tokenizer_folder))
+    root, section = Path(data.prepared_dir), _tokenizer_section(data, tokenizer_folder)
+    folder = prepare_examples(root, request, lambda stage: _build(stage, data, section, request.files))
+    _tell(folder, data)
+    return folder
+
+
+def prepared(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> Path:
+    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
+    return latest_examples(Path(data.prepared_dir), _settings(data, tokenizer_folder))
+
+
+def open_split(
+    folder: Path, split: str, data: LabeledDataSection, packing: bool, token_dropout: float = 0.0, seed: int = 0
+) -> "ClassifiedSamples | None":
+    """Open a split of a prepared folder; None where there is none of this name."""
+    if split not in read_examples(folder).splits:
+        return None
+    return ClassifiedSamples(folder, split, data, packing, token_dropout, seed)
+
+
+class ClassifiedSamples:
+    """A split as `Samples`: each text is one sample, which may have several windows."""
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        data: LabeledDataSection,
+        packing: bool,
+        token_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Map the split into memory; raise UserError for a text that is too long, where such are refused."""
+        self.tokenizer = load_tokenizer(folder)
+        _check_sequence_length(data, self.tokenizer)
+        if token_dropout and self.tokenizer.unknown is None:
+            hint = "the tokenizer has no token for unknown words, as a wordpiece has; right is 0"
+            raise UserError("objective.token_dropout", f"is {token_dropout}, and {hint}")
+        self.examples = Examples(folder, split)
+        self.data, self.packing, self.token_dropout, self.seed = data, packing, token_dropout, seed
+        lengths = self.examples.lengths("tokens")
+        _refuse_long(self.examples, lengths, data)
+        self.num_samples, self.end_of_text = self.examples.num_rows, self.tokenizer.end_of_text
+        self.labels: list[str] = self.examples.facts["labels"]
+        self.multi_label = data.multi_label
+        self.targets = self._read_targets()  # [num_samples] int64, or with multi_label [num_samples, C] float32
+        self.class_counts = np.array(self.examples.facts["class_counts"][split], np.int64)  # [C]
+        kept = lengths if data.on_long_text == "window" else lengths.clip(max=data.sequence_length)
+        self.mean_tokens = float(kept.mean())
+        self.fingerprint = self._fingerprint()
+
+    def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the windows of these texts as `collate` does; labels [N] int64, with multi_label [N, C] float32."""
+        texts = self.examples.lists("tokens", sample_ids)
+        if self.data.on_long_text == "truncate":
+            texts = [truncated(text, self.data.sequence_length) for text in texts]
+        if self.token_dropout:
+            texts = self._drop(texts, Order(sample_ids, epochs))
+        batch = collate(texts, self.data, self.packing, self.tokenizer)
+        return batch | {"labels": self.targets[sample_ids]}
+
+    def texts(self, sample_ids: np.ndarray) -> list[str]:
+        """Return what stands in these samples, cleaned."""
+        return self.examples.texts("text", sample_ids)
+
+    def _drop(self, texts: list[np.ndarray], order: Order) -> list[np.ndarray]:
+        """Replace each token but the special ones by the unknown one with a chance of `token_dropout`."""
+        words = random_words(self.seed, order, DROPOUT, max(map(len, texts)))
+        is_dropped = words < np.uint64(self.token_dropout * 2.0**64)
+        is_dropped[:, : self.tokenizer.begin_of_text is not None] = False
+        dropped = []
+        for text, chosen in zip(texts, is_dropped, strict=True):
+            chosen[len(text) - 1] = False
+            dropped.append(np.where(chosen[: len(text)], np.uint32(self.tokenizer.unknown or 0), text))
+        return dropped
+
+    def _read_targets(self) -> np.ndarray:
+        if not self.multi_label:
+            return self.examples.numbers("label").astype(np.int64)
+        targets = np.zeros((self.num_samples, len(self.labels)), np.float32)
+        counts = self.examples.lengths("label")
+        numbers = self.examples.lists("label", np.arange(self.num_samples))
+        targets[np.repeat(np.arange(self.num_samples), counts), np.concatenate(numbers)] = 1.0
+        return targets
+
+    def _fingerprint(self) -> str:
+        section = self.data
+        content: list[Any] = [self.examples.fingerprint, self.labels, section.sequence_length, section.on_long_text]
+        content += [self.packing, self.token_dropout, self.seed if self.token_dropout else 0]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def collate(
+    texts: list[np.ndarray], data: LabeledDataSection, packing: bool, tokenizer: TextTokenizer
+) -> dict[str, np.ndarray]:
+    """Lay texts, tokens [length] as `encode_documents` gives them, out in rows of windows.
+
+    Without `packing` each window has a row of its own, and T is the longest one's length. tokens [R, T] int64, 0 where
+    nothing lies; documents [R, T] int32, the number of the window, W where nothing lies; firsts [W] int64, where each
+    begins in the flattened tokens; lengths [W] and examples [W] int64, its text.
+    """
+    length = _check_sequence_length(data, tokenizer)
+    if data.on_long_text == "window":
+        windows, examples = cut_windows(texts, length, tokenizer.begin_of_text is not None)
+    else:
+        if data.on_long_text == "refuse" and (longest := max(map(len, texts))) > length:
+            raise UserError("text", f"has {longest} tokens, and data.sequence_length is {length}")
+        windows, examples = [truncated(text, length) for text in texts], np.arange(len(texts))
+    return lay_out(windows, length if packing else None) | {"examples": examples}
+
+
+def assign_splits(rows: list[LabeledRow], shares: dict[str, float], seed: int, multi_label: bool = False) -> list[str]:
+    """Return the split of each row: shares of each label's rows, rounded, the others train.
+
+    Which ones follows from a hash of the seed and the text; rows of equal texts stay together, and a row of each label
+    stays in train. With several labels a text it is shares of each set of labels, all rare sets counted as one.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(_folded(row.text), []).append(number)
+    training = Counter(label for row in rows for label in row.labels)
+    splits = [TRAIN] * len(rows)
+    for texts in _strata(rows, groups, max(shares.values()), multi_label):
+        num_rows = sum(len(groups[text]) for text in texts)
+        texts.sort(key=lambda text: xxhash.xxh3_128_digest(f"{seed} {text}".encode()))
+        for split, share in shares.items():
+            room = round(share * num_rows)
+            for text in texts if room else ():
+                members = groups[text]
+                lost = Counter(label for number in members for label in rows[number].labels)
+                is_free = splits[members[0]] == TRAIN and all(training[label] > n for label, n in lost.items())
+                if is_free and len(members) <= room:
+                    room -= len(members)
+                    training -= lost
+                    for number in members:
+                        splits[number] = split
+    return splits
+
+
+def _strata(rows: list[LabeledRow], groups: dict[str, list[int]], share: float, multi_label: bool) -> list[list[str]]:
+    """Return the texts of each label, or set of labels; a text with several goes with the first by name."""
+    strata: dict[tuple[str, ...], list[str]] = {}
+    for text, members in groups.items():
+        strata.setdefault(min(rows[number].labels for number in members), []).append(text)
+    if multi_label:
+        sizes = {labels: sum(len(groups[text]) for text in texts) for labels, texts in strata.items()}
+        for labels in [labels for labels, size in sizes.items() if round(share * size) == 0]:
+            strata.setdefault(RARE, []).extend(strata.pop(labels))
+    return [strata[labels] for labels in sorted(strata)]
+
+
+def _settings(data: LabeledDataSection, tokenizer_folder: Path | None) -> dict[str, Any]:
+    settings = data.model_dump(mode="json", exclude=NOT_CONTENT)
+    return settings | {"tokenizer": _tokenizer_section(data, tokenizer_folder).model_dump(mode="json")}
+
+
+def _tokenizer_section(data: LabeledDataSection, folder: Path | None) -> TokenizerSection:
+    return TokenizerSection(kind="pretrained", path=str(folder)) if folder else data.tokenizer
+
+
+def _tokenizer_hash(data: LabeledDataSection, folder: Path | None) -> tuple[str, ...]:
+    section = _tokenizer_section(data, folder)
+    return (fingerprint(given_tokenizer_file(section)),) if section.kind == "pretrained" else ()
+
+
+def _list_files(data: LabeledDataSection) -> dict[str, list[SourceFile]]:
+    """Find the files of each split; raise UserError where two hold the same rows, or a split is asked for twice."""
+    files = {split: list_files(getattr(data, split), f"data.{split}") for split in SPLITS}
+    for first, second in combinations(SPLITS, 2):
+        if path := shared_file(files[first], files[second]):
+            raise UserError(f"data.{second}", f"holds {path}, which data.{first} holds too")
+    for split, share in _shares(data).items():
+        if share and files[split]:
+            raise UserError(f"data.{split}_fraction", f"is {share}, without effect beside data.{split}; remove one")
+    if (total := sum(_shares(data).values())) >= 1:
+        raise UserError(
+            "data.test_fraction", f"and data.validation_fraction are {total:g}: nothing is left to train on"
+        )
+    return files
+
+
+def _shares(data: LabeledDataSection) -> dict[str, float]:
+    return {TEST: data.test_fraction, VALIDATION: data.validation_fraction}
+
+
+def _build(
+    folder: Path, data: LabeledDataSection, section: TokenizerSection, files: dict[str, list[SourceFile]]
+) -> Built:
+    counts: Counter[str] = Counter()
+    rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
+    if any(_shares(data).values()):
+        splits = assign_splits(rows[TRAIN], _shares(data), data.split_seed, data.multi_label)
+        cut = list(zip(splits, rows[TRAIN], strict=True))
+        rows = {split: [row for name, row in cut if name == split] or rows[split] for split in SPLITS}
+    labels = _label_names(data, rows[TRAIN], counts)
+    for split in (VALIDATION, TEST):
+        rows[split] = [row for row in rows[split] if _is_known(row, labels, data, counts)]
+    leaks = _leaks(data, rows)
+    _check_splits(data, rows, counts)
+    tokenizer = make_tokenizer(section, (row.text for row in rows[TRAIN]), folder, knows_all=False)
+    numbers = {label: number for number, label in enumerate(labels)}
+    schema = _schema(data.multi_label)
+    written = {
+        split: write_split(folder, split, schema, _batches(found, tokenizer, numbers, schema))
+        for split, found in rows.items()
+        if found
+    }
+    tallies = {split: Counter(label for row in rows[split] for label in row.labels) for split in written}
+    class_counts = {split: [tally[label] for label in labels] for split, tally in tallies.items()}
+    facts = {"labels": labels, "class_counts": class_counts, "counts": dict(counts), "leaks": leaks}
+    return Built(written, facts)
+
+
+def _read(data: LabeledDataSection, files: list[SourceFile], counts: Counter[str]) -> Iterator[LabeledRow]:
+    """Yield the rows of some files, cleaned, without those that the settings leave out, and count."""
+    columns = {name: f"data.text_columns[{place}]" for place, name in enumerate(data.text_columns)}
+    columns[data.label_column] = "data.label_column"
+    cleaning = data.clean.model_copy(update={"min_characters": 0})  # what is empty is told from what is short
+    seen: dict[str, tuple[str, ...]] = {}
+    for row in (row for file in files for row in read_rows(file, columns)):
+        counts["read"] += 1
+        parts = [as_text(row.values[name], row.origin, name) for name in data.text_columns]
+        text = clean(" ".join(filter(None, parts)), cleaning) or ""
+        if not text.strip():
+            if data.on_empty_text == "fail":
+                hint = "fill it, or leave such rows out by data.on_empty_text 'skip'"
+                raise UserError(row.origin, f"has an empty text; {hint}")
+            counts["empty"] += 1
+        elif len(text.strip()) < data.clean.min_characters:
+            counts["too_short"] += 1
+        else:
+            labels = _labels_of(row.values[data.label_column], row.origin, data)
+            if data.clean.deduplicate and text in seen:
+                counts["duplicate" if labels == seen[text] else "duplicate_with_another_label"] += 1
+                continue
+            if data.clean.deduplicate:
+                seen[text] = labels
+            yield LabeledRow(text, labels, row.origin)
+
+
+def _labels_of(value: Any, origin: str, data: LabeledDataSection) -> tuple[str, ...]:
+    if data.multi_label:
+        parts = value.split(data.label_separator) if isinstance(value, str) else value
+        parts = parts if isinstance(parts, list) else [parts]
+        return tuple(sorted({_label(part, origin, data) for part in parts} - {""}))
+    label = _label(value, origin, data)
+    if not label:
+        raise UserError(origin, f"has no label in column {data.label_column!r}")
+    return (label,)
+
+
+def _label(value: Any, origin: str, data: LabeledDataSection) -> str:
+    """Return a label's name; numbers and truth values are named as in JSON, a null is ""."""
+    if isinstance(value, str) or value is None:
+        return (value or "").strip()
+    if not isinstance(value, int):
+        hint = "; data.multi_label takes lists" if isinstance(value, list) and not data.multi_label else ""
+        found = f"{data.label_column!r} is {shown(value)}, not a label"
+        raise UserError(origin, f"{found}: a text, a whole number, true or false would be right{hint}")
+    return json.dumps(value)
+
+
+def _label_names(data: LabeledDataSection, rows: list[LabeledRow], counts: Counter[str]) -> list[str]:
+    """Return the labels in the order of the model's outputs."""
+    found = {label for row in rows for label in row.labels}
+    labels = list(data.labels) or sorted(found)
+    if not rows:
+        raise UserError("data.train", f"no row is left to train on ({_shown_counts(counts)})")
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError("data.labels", f"holds {label!r} twice")
+        if label not in found:
+            raise UserError("data.labels", f"holds {label!r}, which no training row has; there are: {_some(found)}")
+    for row in rows:
+        if unknown := set(row.labels) - set(labels):
+            raise UserError(row.origin, f"has the label {min(unknown)!r}, which is not in data.labels")
+    if len(labels) < (1 if data.multi_label else 2):
+        which = f"the same label, {labels[0]!r}" if labels else "no label"
+        raise UserError("data.train", f"all {len(rows)} rows have {which}: there is nothing to learn")
+    return labels
+
+
+def _is_known(row: LabeledRow, labels: list[str], data: LabeledDataSection, counts: Counter[str]) -> bool:
+    unseen = set(row.labels) - set(labels)
+    if unseen and data.on_unseen_label == "fail":
+        found = f"has the label {min(unseen)!r}, which no training row has"
+        hint = "data.on_unseen_label 'skip' leaves such rows out"
+        raise UserError(row.origin, f"{found}; there are: {_some(labels)}; {hint}")
+    counts["unseen_label"] += bool(unseen)
+    return not unseen
+
+
+def _leaks(data: LabeledDataSection, rows: dict[str, list[LabeledRow]]) -> dict[str, int]:
+    """Count the rows of each split whose text stands in an earlier one, however it is written, and drop or refuse."""
+    earlier: dict[str, str] = {}
+    counts = {}
+    for split in SPLITS:  # the first one has none
+        found = [(row, _folded(row.text)) for row in rows[split]]
+        leaked = [(row, text) for row, text in found if text in earlier]
+        if leaked and data.on_leak == "fail":
+            row, text = leaked[0]
+            which = f"{len(leaked)} of its texts stand in an earlier split too, such as {row.origin} in {earlier[text]}"
+            raise UserError(f"data.{split}", f"{which}; data.on_leak 'drop' leaves them out")
+        if data.on_leak == "drop":
+            rows[split] = [row for row, text in found if text not in earlier]
+        for row, text in found:
+            earlier.setdefault(text, row.origin)
+        counts[split] = len(leaked)
+    return counts
+
+
+def _folded(text: str) -> str:
+    """Return what equal texts share, however they are spaced and capitalized."""
+    return " ".join(text.casefold().split())
+
+
+def _check_splits(data: LabeledDataSection, rows: dict[str, list[LabeledRow]], counts: Counter[str]) -> None:
+    for split, share in _shares(data).items():
+        if share and not rows[split]:
+            raise UserError(f"data.{split}_fraction", f"is {share}: not a row of {len(rows[TRAIN])} for any label")
+        if getattr(data, split) and not rows[split]:
+            raise UserError(f"data.{split}", f"no row is left ({_shown_counts(counts)})")
+
+
+def _schema(multi_label: bool) -> pyarrow.Schema:
+    label = pyarrow.list_(pyarrow.int32()) if multi_label else pyarrow.int32()
+    tokens = pyarrow.list_(pyarrow.uint32())
+    columns = {"text": pyarrow.string(), "tokens": tokens, "label": label, ORIGIN: pyarrow.string()}
+    return pyarrow.schema(list(columns.items()))
+
+
+def _batches(
+    rows: list[LabeledRow], tokenizer: TextTokenizer, numbers: dict[str, int], schema: pyarrow.Schema
+) -> Iterator[pyarrow.RecordBatch]:
+    is_list = pyarrow.types.is_list(schema.field("label").type)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        tokens = encode_documents(tokenizer, [row.text for row in part])
+        ends = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
+        labels = [sorted(numbers[label] for label in row.labels) for row in part]
+        columns = [
+            [row.text for row in part],
+            pyarrow.ListArray.from_arrays(ends, np.concatenate(tokens)),
+            labels if is_list else [label for (label,) in labels],
+            [row.origin for row in part],
+        ]
+        arrays = [
+            column if isinstance(column, pyarrow.Array) else pyarrow.array(column, field.type)
+            for column, field in zip(columns, schema, strict=True)
+        ]
+        yield pyarrow.record_batch(arrays, schema=schema)
+
+
+def _check_sequence_length(data: LabeledDataSection, tokenizer: TextTokenizer) -> int:
+    least = 2 + (tokenizer.begin_of_text is not None)
+    if data.sequence_length < least:
+        found = f"is {data.sequence_length}; a token between the special ones makes {least}"
+        raise UserError("data.sequence_length", found)
+    return data.sequence_length
+
+
+def _refuse_long(examples: Examples, lengths: np.ndarray, data: LabeledDataSection) -> None:
+    too_long = np.flatnonzero(lengths > data.sequence_length)
+    if data.on_long_text == "refuse" and too_long.size:
+        (origin,) = examples.texts(ORIGIN, too_long[:1])
+        found = f"has {lengths[too_long[0]]} tokens, and data.sequence_length is {data.sequence_length}"
+        raise UserError(origin, f"{found}; data.on_long_text 'truncate' or 'window' takes longer texts")
+
+
+def _tell(folder: Path, data: LabeledDataSection) -> None:
+    """Say what a prepared folder holds and what it does not; raise UserError for a text that is to be refused."""
+    manifest = read_examples(folder)
+    facts, lines = manifest.facts, []
+    for split, about in manifest.splits.items():
+        examples = Examples(folder, split)
+        lengths = examples.lengths("tokens")
+        _refuse_long(examples, lengths, data)
+        counts = sorted(zip(facts["class_counts"][split], facts["labels"], strict=True), key=lambda pair: -pair[0])
+        shown_counts = ", ".join(f"{label} {count:,}" for count, label in counts[:SHOWN_LABELS])
+        more = f" and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
+        line = f"{split}: {about.num_rows:,} rows: {shown_counts}{more}"
+        if share := float((lengths > data.sequence_length).mean()):
+            treated = "read in windows" if data.on_long_text == "window" else "cut there"
+            line += f"; {share:.1%} are longer than {data.sequence_length} tokens, {treated}"
+        lines.append(line)
+    if left_out := {name: count for name, count in facts["counts"].items() if count and name != "read"}:
+        lines.append(f"left out: {_shown_counts(left_out)}")
+    if leaks := {split: count for split, count in facts["leaks"].items() if count}:
+        treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
+        lines.append(f"texts that stand in an earlier split too: {_shown_counts(leaks)}; {treated}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _shown_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+
+
+def _some(labels: "list[str] | set[str]") -> str:
+    names = sorted(labels)
+    return ", ".join(map(repr, names[:SHOWN_LABELS])) + (", ..." if len(names) > SHOWN_LABELS else "")
