@@ -2,10 +2,12 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bigbatch.recipes.core.config import Fraction, PositiveInt, RunConfig, Section, TokenDataSection
 from bigbatch.recipes.core.models.config import EncoderSection
+
+SHORTEST_PAIR = 8  # tokens, three of them special
 
 
 class MaskingSection(Section):
@@ -43,7 +45,26 @@ class BertPretrainConfig(RunConfig):
     model: EncoderSection = EncoderSection()
     data: TokenDataSection
     masking: MaskingSection = MaskingSection()
+    sentence_task: Literal["none", "next_sentence", "sentence_order"] = "none"
+    """A second task, on rows of two segments. next_sentence: half of the second ones are of another document (BERT).
+    sentence_order: half of the pairs are swapped (ALBERT)."""
     sample: FillSection = FillSection()
+
+    @field_validator("sentence_task")
+    @classmethod
+    def _pairs_fit(cls, task: str, others: ValidationInfo) -> str:
+        model, data = others.data.get("model"), others.data.get("data")
+        if task == "none" or not isinstance(model, EncoderSection) or not isinstance(data, TokenDataSection):
+            return task
+        if data.packing != "isolate":
+            raise ValueError(f"{task!r} puts one pair into a row: data.packing {data.packing!r} has to be 'isolate'")
+        if data.unit == "sentence":
+            raise ValueError(f"{task!r} cuts documents between sentences: data.unit 'sentence' leaves nothing to cut")
+        if data.sequence_length < SHORTEST_PAIR:
+            raise ValueError(f"{task!r} needs data.sequence_length {SHORTEST_PAIR} or more, not {data.sequence_length}")
+        if model.num_segments < 2:
+            raise ValueError(f"{task!r} needs model.num_segments 2 or more, not {model.num_segments}")
+        return task
 
 
 Config = BertPretrainConfig

@@ -12,6 +12,7 @@ from bigbatch.recipes.bert_pretrain.data import MaskedSamples, mask_tokens
 from bigbatch.recipes.core.contestants import Bigbatch, SampleRows, TransformersTrainer, as_transformers
 from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
+from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.encoder import hugging_face_config, hugging_face_state
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.train import Run
@@ -26,6 +27,8 @@ def contestants(run: Run, mesh: Mesh) -> list[Any]:
     document to the sequence length. Both make the logits of all positions.
     """
     config = cast(BertPretrainConfig, run.config)
+    if config.sentence_task != "none":
+        raise UserError("sentence_task", f"is {config.sentence_task!r}; run_mlm has none: --set sentence_task=none")
     data = recipe.open_data(config)
     train = cast(MaskedSamples, data.train)
     torch.manual_seed(run.config.seed)

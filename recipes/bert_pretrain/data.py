@@ -37,7 +37,7 @@ class MaskedSamples:
 
     def __init__(self, samples: TokenSamples, vocabulary: Vocabulary, section: MaskingSection, seed: int) -> None:
         self.samples, self.vocabulary, self.section, self.seed = samples, vocabulary, section, seed
-        self.num_samples = samples.num_samples
+        self.num_samples, self.mean_tokens = samples.num_samples, samples.sequence_length
         content = f"{samples.fingerprint} {section.model_dump_json()} {seed}"
         self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 

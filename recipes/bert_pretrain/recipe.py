@@ -1,4 +1,4 @@
-"""Pretrain a BERT: fill in masked tokens."""
+"""Pretrain a BERT: fill in masked tokens, and, if asked to, tell which segments belong together."""
 
 import math
 from pathlib import Path
@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 
 from bigbatch.recipes.bert_pretrain.config import BertPretrainConfig
 from bigbatch.recipes.bert_pretrain.data import MaskedSamples, read_vocabulary
+from bigbatch.recipes.bert_pretrain.pairs import PairSamples
 from bigbatch.recipes.core.data.prepare import prepare_tokens, prepared_folder
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL, TokenSamples
 from bigbatch.recipes.core.data.tokenizing import MASK, encode_prompt, load_tokenizer
@@ -22,7 +24,7 @@ from bigbatch.recipes.core.models.encoder import (
     load_hugging_face,
 )
 from bigbatch.recipes.core.parallel import Mesh
-from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss
+from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.train import Run
 
 
@@ -40,9 +42,12 @@ def open_data(config: BertPretrainConfig) -> DataSplits:
     folder = prepared_folder(data)
     vocabulary = read_vocabulary(folder, config.masking.whole_words)
 
-    def masked(split: str) -> MaskedSamples:
-        samples = TokenSamples(folder, split, data.sequence_length, data.packing)
-        return MaskedSamples(samples, vocabulary, config.masking, config.seed)
+    def masked(split: str) -> MaskedSamples | PairSamples:
+        if config.sentence_task == "none":
+            samples = TokenSamples(folder, split, data.sequence_length, data.packing)
+            return MaskedSamples(samples, vocabulary, config.masking, config.seed)
+        samples = TokenSamples(folder, split, data.sequence_length)
+        return PairSamples(samples, split, config.sentence_task, vocabulary, config.masking, config.seed)
 
     train = masked("train")
     facts = {
@@ -50,7 +55,7 @@ def open_data(config: BertPretrainConfig) -> DataSplits:
         "tokenizer": str(folder),
         "end_of_text": train.samples.end_of_text,
         "mask": vocabulary.mask,
-        "tokens_per_sample": data.sequence_length,
+        "tokens_per_sample": round(train.mean_tokens),
         "train_samples": train.num_samples,
     }
     _prompts(config, load_tokenizer(folder).tokenizer, vocabulary.mask)  # a useless prompt is told now, not hours later
@@ -58,8 +63,8 @@ def open_data(config: BertPretrainConfig) -> DataSplits:
 
 
 def build_model(config: BertPretrainConfig, facts: dict[str, Any], initialize: bool = True) -> MaskedLanguageModel:
-    """Build the encoder and its head: first weights, or those of a Hugging Face folder."""
-    model = MaskedLanguageModel(config.model, facts["vocabulary_size"])
+    """Build the encoder and its heads: first weights, or those of a Hugging Face folder."""
+    model = MaskedLanguageModel(config.model, facts["vocabulary_size"], config.sentence_task != "none")
     if initialize and config.model.initialize_from:
         load_hugging_face(model, Path(config.model.initialize_from))
     return model
@@ -71,9 +76,49 @@ def count_targets(batch: dict[str, np.ndarray]) -> int:
 
 
 def loss(model: nn.Module, batch: Batch) -> Loss:
-    """Sum the cross-entropy of the tokens to fill in."""
-    total = model(batch["tokens"], batch["targets"], batch["labels"], batch.get("positions"), batch.get("documents"))
-    return Loss(total, int((batch["labels"] != IGNORED_LABEL).sum()))
+    """Sum the cross-entropy of the tokens to fill in, and that of each row's pair as often as the row has targets.
+
+    Divided by the number of targets this is the mean over tokens plus the mean over pairs, as in BERT (appendix A.2),
+    where a pair counts by its row's k targets: sum_r (masked_r + k_r pair_r) / sum_r k_r. With equal k it is BERT's.
+    """
+    return outputs(model, batch).loss
+
+
+def outputs(model: nn.Module, batch: Batch) -> Outputs:
+    """Run the forward pass on one micro-batch; with pairs, also tell what each task's figures are made of."""
+    tokens, targets, labels = batch["tokens"], batch["targets"], batch["labels"]
+    num_targets = (labels != IGNORED_LABEL).sum(1)
+    if "pair_labels" not in batch:
+        masked = model(tokens, targets, labels, batch.get("positions"), batch.get("documents"))
+        return Outputs(Loss(masked, int(num_targets.sum())), {})
+    apart = {"documents": batch["documents"], "segments": batch["segments"]}
+    masked, logits = model(tokens, targets, labels, **apart, with_pairs=True)
+    pairs = F.cross_entropy(logits.float(), batch["pair_labels"], reduction="none")
+    arrays = {
+        "masked_loss": (masked / len(tokens)).expand(len(tokens)),  # the rows' sum is what counts
+        "num_targets": num_targets,
+        "pair_loss": pairs,
+        "pair_is_right": (logits.argmax(1) == batch["pair_labels"]).float(),
+    }
+    return Outputs(Loss(masked + (num_targets * pairs).sum(), int(num_targets.sum())), arrays)
+
+
+def figures(
+    config: BertPretrainConfig, facts: dict[str, Any], arrays: dict[str, np.ndarray], thorough: bool
+) -> dict[str, float]:
+    """Return each task's mean loss, the perplexity of a masked token, and how many pairs are told right."""
+    masked_loss = float(arrays["masked_loss"].sum(dtype=np.float64) / arrays["num_targets"].sum())
+    return {
+        **metrics(masked_loss),
+        "masked_loss": masked_loss,
+        "pair_loss": float(arrays["pair_loss"].mean(dtype=np.float64)),
+        "pair_accuracy": float(arrays["pair_is_right"].mean()),
+    }
+
+
+def figure_names(config: BertPretrainConfig, facts: dict[str, Any]) -> list[str]:
+    """Name the figures that a second task adds."""
+    return [] if config.sentence_task == "none" else ["masked_loss", "pair_loss", "pair_accuracy"]
 
 
 def metrics(loss: float) -> dict[str, float]:
@@ -88,7 +133,7 @@ def flops_per_sample(config: BertPretrainConfig, facts: dict[str, Any]) -> float
     """
     section, length = config.model, config.data.sequence_length
     with torch.device("meta"):
-        model = MaskedLanguageModel(section, facts["vocabulary_size"])
+        model = build_model(config, facts, initialize=False)
     layers = sum(parameter.numel() for parameter in model.encoder.blocks.parameters())
     head = sum(parameter.numel() for parameter in model.head.parameters())
     attention = 12.0 * section.num_layers * section.hidden_size * length
@@ -97,9 +142,10 @@ def flops_per_sample(config: BertPretrainConfig, facts: dict[str, Any]) -> float
 
 def hugging_face(config: BertPretrainConfig, facts: dict[str, Any]) -> HuggingFaceExport:
     """Name the model's tensors and settings as transformers does."""
-    section, size = config.model, facts["vocabulary_size"]
-    tensors = hugging_face_tensors(section, size)
-    return HuggingFaceExport(hugging_face_config(section, size), tensors, auto_class="AutoModelForMaskedLM")
+    section, size, has_pairs = config.model, facts["vocabulary_size"], config.sentence_task != "none"
+    settings = hugging_face_config(section, size, "BertForPreTraining" if has_pairs else "BertForMaskedLM")
+    tensors = hugging_face_tensors(section, size, has_pairs)
+    return HuggingFaceExport(settings, tensors, auto_class="AutoModelForMaskedLM")
 
 
 def contestants(run: Run, mesh: Mesh) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The bidirectional transformer of BERT's family, written once as a list of layers, and its masked-language-model head.
+"""The bidirectional transformer of BERT's family, written once as a list of layers, and its heads of pretraining.
 
 Every parameter is used only inside the forward pass of the module that owns it, which is where ZeRO-3 gathers it; the
 tied embedding belongs to two modules. Post-norm with absolute positions is BERT (https://arxiv.org/abs/1810.04805), to
@@ -41,15 +41,19 @@ class Context(NamedTuple):
 class MaskedLanguageModel(nn.Module):
     """An encoder with the head that fills in masked tokens; the embedding's padding stays inside.
 
+    With `has_pairs` also with the head that tells whether the two segments of a row belong together.
     `named_parameters` names the tied embedding once, `encoder.embed.tokens.weight`.
     """
 
-    def __init__(self, section: EncoderSection, vocabulary_size: int) -> None:
+    def __init__(self, section: EncoderSection, vocabulary_size: int, has_pairs: bool = False) -> None:
         super().__init__()
-        self.section = section
+        self.section, self.has_pairs = section, has_pairs
         self.vocabulary_size = vocabulary_size
         self.encoder = Encoder(section, vocabulary_size)
         self.head = FillHead(section, vocabulary_size, self.encoder.embed.tokens)
+        if has_pairs:
+            self.pooler = Pooler(section)
+            self.pair_head = Linear(section.hidden_size, 2, True, section.initializer_range)
 
     def forward(
         self,
@@ -59,16 +63,23 @@ class MaskedLanguageModel(nn.Module):
         positions: torch.Tensor | None = None,  # [B, T]
         documents: torch.Tensor | None = None,  # [B, T]
         segments: torch.Tensor | None = None,  # [B, T]
-    ) -> torch.Tensor:
-        """Return the logits [B, T, V], or those at `targets` [B, K, V], or with labels the loss summed over them."""
+        with_pairs: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits [B, T, V], or those at `targets` [B, K, V], or with labels the loss summed over them.
+
+        With pairs, also the logits [B, 2] of each row's pair: it belongs together, it does not.
+        """
         hidden = self.encoder(tokens, positions, documents, segments)
+        chosen = hidden
         if targets is not None:
-            hidden = hidden.gather(1, targets.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        return self.head(hidden, labels)
+            chosen = hidden.gather(1, targets.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        filled = self.head(chosen, labels)
+        return (filled, self.pair_head(self.pooler(hidden[:, 0]))) if with_pairs else filled
 
     def layers(self) -> list[nn.Module]:
         """List the modules in order of use, as a pipeline divides them."""
-        return [self.encoder.embed, *self.encoder.blocks, self.encoder.norm, self.head]
+        pairs = [self.pooler, self.pair_head] if self.has_pairs else []
+        return [self.encoder.embed, *self.encoder.blocks, self.encoder.norm, self.head, *pairs]
 
 
 class Encoder(nn.Module):
@@ -230,14 +241,16 @@ def _norm(section: EncoderSection) -> nn.LayerNorm:
 # ----------------------------------------------------------------------------------- to and from Hugging Face
 
 
-def hugging_face_config(section: EncoderSection, vocabulary_size: int) -> dict[str, Any]:
+def hugging_face_config(
+    section: EncoderSection, vocabulary_size: int, architecture: str = "BertForMaskedLM"
+) -> dict[str, Any]:
     """Return the config.json under which transformers builds the same model; raise UserError where it has none."""
     for key, only in (("norm", "post"), ("positions", "absolute")):
         if getattr(section, key) != only:
             found = getattr(section, key)
             raise UserError(f"model.{key}", f"is {found!r}; transformers' BERT has only {only!r}")
     return {
-        "architectures": ["BertForMaskedLM"],
+        "architectures": [architecture],
         "model_type": "bert",
         "vocab_size": vocabulary_size,
         "num_hidden_layers": section.num_layers,
@@ -256,7 +269,9 @@ def hugging_face_config(section: EncoderSection, vocabulary_size: int) -> dict[s
     }
 
 
-def hugging_face_tensors(section: EncoderSection, vocabulary_size: int) -> dict[str, list[Piece]]:
+def hugging_face_tensors(
+    section: EncoderSection, vocabulary_size: int, has_pairs: bool = False
+) -> dict[str, list[Piece]]:
     """Return, for each name of `MaskedLanguageModel.named_parameters`, the Hugging Face tensors it is made of."""
     size = section.hidden_size
     table = encoder_tensors(section, vocabulary_size, "encoder.")
@@ -264,6 +279,9 @@ def hugging_face_tensors(section: EncoderSection, vocabulary_size: int) -> dict[
     table["head.transform.bias"] = [Piece("cls.predictions.transform.dense.bias", 0, size)]
     table |= _norm_pieces(section, "head.norm", "cls.predictions.transform.LayerNorm")
     table["head.bias"] = [Piece("cls.predictions.bias", 0, vocabulary_size)]
+    if has_pairs:
+        table |= pooler_tensors(section, "pooler.")
+        table |= {f"pair_head.{kind}": [Piece(f"cls.seq_relationship.{kind}", 0, 2)] for kind in ("weight", "bias")}
     return table
 
 
@@ -289,7 +307,7 @@ def pooler_tensors(section: EncoderSection, prefix: str = "") -> dict[str, list[
 
 def hugging_face_state(model: MaskedLanguageModel) -> dict[str, torch.Tensor]:
     """Return all weights as a Hugging Face folder holds them."""
-    table = hugging_face_tensors(model.section, model.vocabulary_size)
+    table = hugging_face_tensors(model.section, model.vocabulary_size, model.has_pairs)
     parameters = dict(model.named_parameters())
     return {piece.name: to_hugging_face(parameters[name].detach(), piece) for name in table for piece in table[name]}
 
@@ -313,10 +331,10 @@ def section_from_hugging_face(config: dict[str, Any]) -> EncoderSection:
 def load_hugging_face(model: MaskedLanguageModel, folder: Path) -> None:
     """Fill a model with the weights of a BERT folder, safetensors only; raise UserError if it is of another model.
 
-    The pooler and the next-sentence head of a folder stay unread.
+    A model without pairs leaves the pooler and the next-sentence head of a folder unread.
     """
     weights = _open_folder(folder, model.section, model.vocabulary_size)
-    table = hugging_face_tensors(model.section, model.vocabulary_size)
+    table = hugging_face_tensors(model.section, model.vocabulary_size, model.has_pairs)
     load_pieces(model, _as_named_in(weights, table), weights, _UNREAD)
 
 

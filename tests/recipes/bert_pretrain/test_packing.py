@@ -66,6 +66,37 @@ def test_a_packed_batch_has_the_summed_loss_and_the_gradient_of_its_documents_al
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=2e-5 * largest, msg=name)
 
 
+def one_document_a_row(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Lay the same documents out one a row, padded to the length of a sample."""
+    length, rows = batch["tokens"].shape[1], []
+    for tokens, documents, targets, labels in zip(
+        batch["tokens"], batch["documents"], batch["targets"], batch["labels"], strict=True
+    ):
+        for document in np.unique(documents):
+            places = np.flatnonzero(documents == document)
+            own = np.isin(targets, places) & (labels != -100)
+            padding = np.full(length - len(places), 7)
+            rows.append(
+                {
+                    "tokens": np.concatenate([tokens[places], padding]),
+                    "documents": (np.arange(length) >= len(places)).astype(np.int32),
+                    "targets": np.where(own, targets - places[0], 0),
+                    "labels": np.where(own, labels, -100),
+                }
+            )
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@torch.no_grad()
+def test_packed_rows_have_the_summed_loss_of_one_padded_document_a_row(packed):
+    model, batch = packed
+    padded = one_document_a_row(batch)
+    assert len(padded["tokens"]) > ROWS + 5
+    found, expected = (recipe.loss(model, to_device(each, torch.device("cpu"))) for each in (batch, padded))
+    assert found.num_targets == expected.num_targets
+    assert found.sum.item() == pytest.approx(expected.sum.item(), rel=1e-5)
+
+
 @torch.no_grad()
 def test_without_the_document_numbers_neighbours_would_be_seen(packed):
     model, batch = packed

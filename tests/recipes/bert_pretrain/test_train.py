@@ -16,13 +16,15 @@ from bigbatch.recipes.bert_pretrain import recipe
 from bigbatch.recipes.bert_pretrain.config import BertPretrainConfig
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
+from bigbatch.recipes.core.models.encoder import load_encoder
 from bigbatch.tools.convert import convert
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "bert_pretrain.json"
 STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 8, 3, 1e-2
 FORMS = {"bert": {}, "pre_rotary": {"norm": "pre", "positions": "rotary"}}
 STAGES, RANKS = (0, 1, 2, 3), (1, 2)
-RESUMED = (("dropout", 1, 1), ("dropout", 2, 3))
+RESUMED = (("dropout", 1, 1), ("dropout", 2, 3), ("next_sentence", 2, 2))
+PAIR_PLANS = ((1, 0), (1, 1), (2, 2), (2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +39,15 @@ def trained(run_program, make_document, tmp_path_factory):
     lamb = make_document(out, optimizer={"name": "lamb", "betas": [0.9, 0.999], "epsilon": 1e-6})
     (out / "lamb.json").write_text(json.dumps(lamb))
     plans += [("lamb", 1, 1, None), ("lamb", 2, 2, None)]
-    words = make_document(out, model={"dropout": 0.1}, masking={"whole_words": True})
-    for name in ("dropout", "dropout_whole"):
-        (out / f"{name}.json").write_text(json.dumps(words))
-        plans += [(name, *plan[1:], 2 if name == "dropout" else None) for plan in RESUMED]
+    order = make_document(out, sample=sample) | {"sentence_task": "sentence_order"}
+    (out / "order.json").write_text(json.dumps(order))
+    plans += [("order", *plan, None) for plan in PAIR_PLANS]
+    dropped = make_document(out, model={"dropout": 0.1}, masking={"whole_words": True})
+    documents = {"dropout": dropped, "next_sentence": dropped | {"sentence_task": "next_sentence"}}
+    for name, ranks, stage in RESUMED:
+        for run_name, stop_step in ((name, 2), (f"{name}_whole", None)):
+            (out / f"{run_name}.json").write_text(json.dumps(documents[name]))
+            plans.append((run_name, ranks, stage, stop_step))
     (out / "plans.json").write_text(json.dumps(plans))
     run_program(Path(__file__).with_name("train_documents.py"), out)
     return out
@@ -87,11 +94,22 @@ def test_lamb_takes_the_same_steps_on_two_ranks(trained):
     assert alone[0] - alone[-1] > 0.02
 
 
-@pytest.mark.parametrize(("_name", "ranks", "stage"), RESUMED)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained, _name, ranks, stage):
-    whole = losses(trained, "dropout_whole", ranks, stage)
-    assert losses(trained, "dropout", ranks, stage) == whole
+@pytest.mark.parametrize(("name", "ranks", "stage"), RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained, name, ranks, stage):
+    whole = losses(trained, f"{name}_whole", ranks, stage)
+    assert losses(trained, name, ranks, stage) == whole
     assert len(set(whole)) == STEPS
+
+
+@pytest.mark.parametrize(("ranks", "stage"), PAIR_PLANS)
+def test_pairs_are_trained_and_judged_alike_under_every_plan(trained, ranks, stage):
+    alone = losses(trained, "order", 1, 0)
+    assert losses(trained, "order", ranks, stage) == pytest.approx(alone, rel=1e-4)
+    assert alone[0] - alone[-1] > 0.2
+    judged, found = (rows(trained / f"order_{r}_{s}", "evaluation")[-1] for r, s in ((1, 0), (ranks, stage)))
+    for name in ("loss", "perplexity", "masked_loss", "pair_loss", "pair_accuracy"):
+        assert found[name] == pytest.approx(judged[name], rel=1e-4), name
+    assert found["loss"] == pytest.approx(found["masked_loss"] + found["pair_loss"], rel=0.05)  # rows of like length
 
 
 def test_the_report_shows_masks_filled_in_alike_under_every_plan(trained):
@@ -154,6 +172,30 @@ def test_a_converted_run_fills_in_for_transformers_as_it_does_here(trained, tmp_
     theirs = [[f"{c['token_str']} {c['score']:.0%}" for c in gap] for gap in found]
     (sample,) = rows(trained / "bert_2_3", "text")[-1]["samples"]
     assert [part.split(", ") for part in sample["text"].split("; ")] == theirs
+
+
+@torch.no_grad()
+def test_a_run_with_pairs_converts_to_transformers_pretraining_model_and_back(trained, tmp_path):
+    out = tmp_path / "pairs"
+    convert(trained / "order_2_3", out)
+    theirs, loading = transformers.AutoModelForPreTraining.from_pretrained(out, output_loading_info=True)
+    assert type(theirs).__name__ == "BertForPreTraining"
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    document = json.loads((trained / "order_2_3" / "run.json").read_text())
+    document["model"]["initialize_from"] = str(out)
+    config = BertPretrainConfig.model_validate_json(json.dumps(document))
+    data = recipe.open_data(config)
+    model = recipe.build_model(config, data.facts).eval()
+    batch = {name: torch.from_numpy(array) for name, array in data.train.batch(np.arange(8), np.zeros(8, int)).items()}
+    useful = 1 - batch["documents"]
+    assert useful.min() == 0
+    expected = theirs(input_ids=batch["tokens"], token_type_ids=batch["segments"], attention_mask=useful)
+    logits, pairs = model(batch["tokens"], documents=batch["documents"], segments=batch["segments"], with_pairs=True)
+    chosen = useful.bool()
+    torch.testing.assert_close(logits[chosen], expected.prediction_logits[chosen], rtol=0, atol=1e-5)
+    torch.testing.assert_close(pairs, expected.seq_relationship_logits, rtol=0, atol=1e-5)
+    assert load_encoder(model.encoder, out, data.facts["vocabulary_size"], model.pooler)
 
 
 def test_the_second_phase_goes_on_from_the_first_ones_converted_folder(trained, tmp_path):

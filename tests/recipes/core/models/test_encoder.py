@@ -216,6 +216,28 @@ def test_a_folder_of_berts_first_release_is_read(tmp_path):
     torch.testing.assert_close(model(tokens_of()), reference(tokens_of()).logits, rtol=0, atol=1e-5)
 
 
+def test_both_heads_of_pretraining_equal_transformers_own_and_make_the_round_trip(tmp_path):
+    reference = saved(tmp_path, transformers.BertForPreTraining)
+    model = MaskedLanguageModel(section_of(), VOCABULARY_SIZE, has_pairs=True).eval()
+    load_hugging_face(model, tmp_path)
+    segments, padding = (torch.arange(24) > 10).long().expand(3, 24), (torch.arange(24) > 20).int().expand(3, 24)
+    expected = reference(input_ids=tokens_of(), token_type_ids=segments, attention_mask=1 - padding)
+    logits, pairs = model(tokens_of(), documents=padding, segments=segments, with_pairs=True)
+    assert expected.seq_relationship_logits.std() > 0.1
+    torch.testing.assert_close(logits[:, :21], expected.prediction_logits[:, :21], rtol=0, atol=1e-5)
+    torch.testing.assert_close(pairs, expected.seq_relationship_logits, rtol=0, atol=1e-5)
+    stored, back = load_file(tmp_path / "model.safetensors"), hugging_face_state(model)
+    assert back.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_a_folder_without_the_pair_head_does_not_start_a_model_with_one(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(UserError, match=r"lacks 'bert\.pooler\.dense\.bias', one of 4 tensors that the model needs"):
+        load_hugging_face(MaskedLanguageModel(section_of(), VOCABULARY_SIZE, has_pairs=True), tmp_path)
+
+
 def test_a_section_makes_the_round_trip():
     section = section_of(feed_forward_size=48, num_segments=3, norm_epsilon=1e-6, dropout=0.3)
     assert section_from_hugging_face(hugging_face_config(section, VOCABULARY_SIZE)) == section.model_copy(
