@@ -108,7 +108,7 @@ def _labels_are_sound(config: RunConfig) -> Iterator[Problem]:
         return
     if data.label_column in data.text_columns:
         yield Problem("data.label_column", f"found {shown(data.label_column)}, which is one of data.text_columns too")
-    if len(data.labels) == 1:
+    if len(data.labels) == 1 and not data.multi_label:
         yield Problem("data.labels", f"found {shown(data.labels)}; a classifier chooses among two or more")
     for name in sorted({name for name in data.labels if data.labels.count(name) > 1}):
         yield Problem("data.labels", f"{shown(name)} stands there twice")

@@ -51,7 +51,7 @@ def classification_figures(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> ClassificationFigures:
-    """Judge a classifier by its probabilities for two or more labels.
+    """Judge a classifier by its probabilities.
 
     A quotient of nothing by nothing is 0; macro averages are over the labels that an example has or is given. Intervals
     are percentiles over resampled examples, the same for the same examples in any order.
@@ -113,12 +113,15 @@ def _rates(
     """Return precision, recall and F1 of each label, and their averages over the labels that occur and over all."""
     score = _scikit_learn().precision_recall_fscore_support
     known = None if truth.ndim == 2 else np.arange(len(names))
+    if truth.ndim == 2:  # with an empty column beside it, a lone one is not read as two classes
+        truth, predicted = (np.pad(array, ((0, 0), (0, 1))) for array in (truth, predicted))
     each = score(truth, predicted, labels=known, average=None, zero_division=0.0)
     micro = score(truth, predicted, average="micro", zero_division=0.0)
     per_class, averages = {}, {}
     for rate, values, average in zip(RATES, each, micro, strict=False):  # each ends with the support
-        per_class[rate] = dict(zip(names, values.tolist(), strict=True))
-        averages[f"{rate}_macro"] = float(values[occurs].mean()) if occurs.any() else 0.0
+        own = values[: len(names)]
+        per_class[rate] = dict(zip(names, own.tolist(), strict=True))
+        averages[f"{rate}_macro"] = float(own[occurs].mean()) if occurs.any() else 0.0
         averages[f"{rate}_micro"] = float(average)
     return per_class, averages
 

@@ -82,6 +82,14 @@ def test_figures_of_sets_of_labels_are_scikit_learns():
     assert figures.support == dict(zip(NAMES, truth.sum(0).tolist(), strict=True))
 
 
+def test_a_lone_label_that_a_text_has_or_not_is_judged_as_such():
+    probabilities, labels = tags(200, 1)
+    figures = classification_figures(probabilities, labels, ["x"], multi_label=True)
+    expected = sklearn_metrics.f1_score(labels[:, 0], probabilities[:, 0] >= 0.5)
+    assert figures.scalars["f1/x"] == figures.scalars["f1_macro"] == pytest.approx(expected, abs=1e-12)
+    assert figures.scalars["f1_micro"] == pytest.approx(expected, abs=1e-12)
+
+
 def test_a_label_is_given_from_the_threshold_on():
     probabilities = np.array([[0.25, 0.75], [0.5, 0.1]], dtype=np.float32)
     figures = classification_figures(probabilities, np.array([[0, 1], [1, 0]]), ("x", "y"), True, threshold=0.5)
@@ -157,11 +165,12 @@ def test_an_interval_of_the_accuracy_has_the_width_of_the_normal_approximation()
 @settings(max_examples=60, deadline=None)
 @given(
     num_examples=st.integers(1, 60),
-    num_labels=st.integers(2, 6),
+    num_labels=st.integers(1, 6),
     seed=st.integers(0, 2**32 - 1),
     multi_label=st.booleans(),
 )
 def test_figures_do_not_depend_on_the_order_and_lie_where_they_must(num_examples, num_labels, seed, multi_label):
+    num_labels = max(num_labels, 1 if multi_label else 2)
     probabilities, labels = (tags if multi_label else answers)(num_examples, num_labels, seed=seed)
     names = [str(label) for label in range(num_labels)]
     first = classification_figures(probabilities, labels, names, multi_label, bootstrap_samples=200)
