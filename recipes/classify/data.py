@@ -275,7 +275,7 @@ def _build(
     }
     tallies = {split: Counter(label for row in rows[split] for label in row.labels) for split in written}
     class_counts = {split: [tally[label] for label in labels] for split, tally in tallies.items()}
-    facts = {"labels": labels, "class_counts": class_counts, "counts": dict(counts), "leaks": leaks}
+    facts = {"labels": labels, "class_counts": class_counts, "counts": dict(+counts), "leaks": leaks}
     return Built(written, facts)
 
 
