@@ -161,8 +161,8 @@ def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str
     return status
 
 
-def evaluate(run_dir: Path) -> int:
-    """Evaluate the newest sound checkpoint of a run on its validation split; prints JSON."""
+def evaluate(run_dir: Path, split: str) -> int:
+    """Evaluate the best checkpoint of a run, else its newest, on data held out; prints JSON."""
     from bigbatch.launcher.local import run_ranks, worker_command
     from bigbatch.launcher.run_dir import RunDir
     from bigbatch.recipes.core.run_home import enter_home
@@ -171,7 +171,7 @@ def evaluate(run_dir: Path) -> int:
     if not RunDir(run_dir).exists():
         raise UserError(str(run_dir), "is no run folder: it has no run.json")
     run_dir = enter_home(run_dir)
-    return run_ranks(worker_command("evaluate", run_dir), 1, run_dir, answer="ending")
+    return run_ranks(worker_command(f"evaluate:{split}", run_dir), 1, run_dir, answer="ending")
 
 
 def bench(what: str, bench_run: str, overrides: list[str], rounds: int, steps: int, as_json: bool) -> int:
@@ -217,13 +217,14 @@ VERBS = {
     "check": Verb(check, ("run", "--ranks", "--set", "--json")),
     "prepare": Verb(prepare, ("run", "--set")),
     "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--resume")),
-    "evaluate": Verb(evaluate, ("run_dir",)),
+    "evaluate": Verb(evaluate, ("run_dir", "--split")),
     "bench": Verb(bench, ("what", "bench_run", "--set", "--rounds", "--steps", "--json")),
 }
 
 # verb -> (module whose main(arguments) owns the flags, summary)
 TOOLS = {
     "generate": ("generate", "Generate text with a model."),
+    "predict": ("predict", "Tell of which kind texts are: label and probability."),
     "checkpoint": ("inspect", "List (ls) or verify the checkpoints of a run."),
     "convert": ("convert", "Turn a run's checkpoint into a Hugging Face folder, compared before it counts as done."),
     "import-deepspeed": ("import_deepspeed", "Turn a checkpoint of DeepSpeed's own into a safetensors folder."),
@@ -259,6 +260,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "go on from a checkpoint if there is one (auto); refuse when there is one (never), or none (must)",
     },
+    "--split": {"choices": ("validation", "test"), "default": "validation", "help": "default: validation"},
     "--json": {"action": "store_true", "dest": "as_json", "help": "print the result as JSON"},
 }
 

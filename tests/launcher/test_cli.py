@@ -79,6 +79,12 @@ def test_every_verb_explains_itself(verb, capsys):
         (["train", "gpt/quick", "--ranks", "two"], "error: bigbatch train: argument --ranks: found 'two'; right is"),
         (["train", "gpt/quick", "--resume", "yes"], "error: bigbatch train: argument --resume: invalid choice: 'yes'"),
         (["evaluate", "/nowhere"], "error: /nowhere: is no run folder"),
+        (["evaluate", "x", "--split", "train"], "error: bigbatch evaluate: argument --split: invalid choice: 'train'"),
+        (["predict"], "error: bigbatch predict: the following arguments are required: MODEL; see bigbatch"),
+        (
+            ["predict", "/nowhere", "a text"],
+            "error: /nowhere: there is no such folder; give a run folder, a checkpoint",
+        ),
         (["evaluate", "a" * 300], f"error: {'a' * 300}/run.json: File name too long"),
         (["train", "two\nlines\x1b[31m"], r"error: two lines\x1b[31m: no document of this name"),
         (["report"], "error: bigbatch report: the following arguments are required: run_dir; see bigbatch report"),

@@ -1,0 +1,250 @@
+"""`bigbatch predict MODEL [TEXT ...]`: what a model says of texts, to standard output in their order."""
+
+import argparse
+import json
+import os
+import select
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bigbatch.recipes.core.arguments import Parser
+from bigbatch.recipes.core.errors import EXIT_DONE, UserError, one_line
+from bigbatch.recipes.core.run_home import enter_home
+
+Predict = Callable[[list[str]], list[dict[str, Any]]]
+
+EPILOG = """Without TEXT and --file, or with -, texts are the lines of standard input; answers come as batches fill or
+the input pauses. A line is a JSON object: text, label and probability; with --top also labels, the likeliest and
+their probabilities; where a text may have any number of labels, labels alone, those that it has. An argument that
+cannot be taken, an empty one for example, ends the command with status 2; a line of a file or of standard input gets
+an answer with the key error instead, in its place, and the number of such lines is told at the end."""
+PAUSE_SECONDS = 0.05
+BLOCK_BYTES = 2**16
+DIGITS = 6  # of a probability
+MOST_OF_THE_WIDTH = 0.5  # that a table's answers may take
+
+
+class Item(NamedTuple):
+    """A text, and why it cannot be taken; empty where it can, as far as is known."""
+
+    text: str
+    problem: str = ""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb `predict`."""
+    arguments = _parser().parse_args(argv)
+    if arguments.texts and arguments.file:
+        raise UserError("--file", f"is given beside the text {arguments.texts[0]!r}; give one or the other")
+    file = None if arguments.file in (None, "-") else str(Path(arguments.file).expanduser().absolute())
+    path = enter_home(arguments.model)  # the current folder may change here
+    if file:  # before the model is opened, which takes longer
+        batches = _batched(read_file(file, arguments.text_column), arguments.batch_size)
+    elif arguments.texts and arguments.texts != ["-"]:
+        batches = _batched(map(as_item, arguments.texts), arguments.batch_size)
+    else:
+        batches = lines_as_they_come(sys.stdin.fileno(), arguments.batch_size)
+    predict = open_predictor(path)
+    table = arguments.format == "table" or (arguments.format is None and sys.stdout.isatty())
+    if arguments.texts and arguments.texts != ["-"]:
+        _answer_arguments(predict, batches, arguments.top, table)
+    else:
+        _answer_stream(predict, batches, arguments.top, table)
+    return EXIT_DONE
+
+
+def open_predictor(path: Path) -> Predict:
+    """Open a run folder, a checkpoint or a Hugging Face folder; raise UserError for a model that predicts no labels."""
+    import torch
+
+    from bigbatch.recipes.core import recipe as recipes
+    from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":  # else DeepSpeed, which transformers imports, says on standard output that it had to guess
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if (path / "config.json").is_file():
+        recipe = recipes.find(recipes.of_folder(path))
+        config, facts, model = recipe.open_folder(path)
+    elif (path / "run.json").is_file() or (path / MANIFEST).is_file():
+        reader = open_checkpoint(path)
+        document, facts = reader.manifest["run"], reader.manifest["facts"]
+        recipe = recipes.find(document["recipe"])
+        if recipes.further(recipe, "predictor") is None:
+            instead = "; right is bigbatch generate" if "family" in document.get("model", {}) else ""
+            raise UserError(str(path), f"is a model of the recipe {document['recipe']!r}, which predicts none{instead}")
+        config = recipes.find_config(document["recipe"]).model_validate_json(json.dumps(document))
+        model = recipe.build_model(config, facts, initialize=False)
+        fill(reader, model)
+    elif not path.exists():
+        raise UserError(str(path), "there is no such folder; give a run folder, a checkpoint or a Hugging Face folder")
+    else:
+        raise UserError(str(path), "has no run.json, no manifest.json and no config.json: no model that can be opened")
+    return recipe.predictor(config, facts, model.to(device).eval())
+
+
+def answer(predict: Predict, items: list[Item]) -> list[dict[str, Any]]:
+    """Return the model's answers; of a text that it cannot take, {"error": ...}."""
+    texts = [item.text for item in items if not item.problem]
+    try:
+        found = iter(predict(texts) if texts else [])
+    except UserError as error:
+        if len(items) == 1:
+            return [{"error": error.message}]
+        return [one for item in items for one in answer(predict, [item])]
+    return [{"error": item.problem} if item.problem else next(found) for item in items]
+
+
+def shaped(found: dict[str, Any], top: int | None) -> dict[str, Any]:
+    """Return an answer as it is printed: the labels ranked, only as many as are asked for."""
+    chances = found.get("probabilities")
+    if chances is None:
+        return found
+    ranked = sorted(chances, key=lambda label: -chances[label])
+    shown = ranked[:top] if top else [label for label in ranked if label in found.get("labels", ())]
+    labels = [{"label": label, "probability": round(chances[label], DIGITS)} for label in shown]
+    if "label" not in found:
+        return {"labels": labels}
+    best = {"label": found["label"], "probability": round(found["probability"], DIGITS)}
+    return best | ({"labels": labels} if top else {})
+
+
+# ------------------------------------------------------------------------------------------------------------- texts
+
+
+def as_item(text: str) -> Item:
+    """Refuse what is not Unicode: half a character, or bytes of another encoding in an argument."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Item(text.encode(errors="replace").decode(), "is not Unicode: half a character, or bytes")
+    return Item(text)
+
+
+def read_file(path: str, column: str) -> Iterator[Item]:
+    """Return the lines of a .txt, the rows of any other table; raise UserError at once where there is none."""
+    from bigbatch.recipes.core.config import TableSource
+    from bigbatch.recipes.core.data.sources import format_of, list_files
+
+    is_text = format_of(path) == "txt"
+    try:
+        files = list_files([TableSource(path=path, format="lines") if is_text else path], "")
+    except UserError as error:
+        raise UserError("--file", error.message) from None
+    return _read_column(files, "text" if is_text else column)
+
+
+def _read_column(files: list[Any], column: str) -> Iterator[Item]:
+    from bigbatch.recipes.core.data.rows import as_text, read_rows
+
+    for row in (row for file in files for row in read_rows(file, {column: "--text-column"})):
+        try:
+            yield as_item(as_text(row.values[column], row.origin, column))
+        except UserError as error:
+            yield Item(str(row.values[column]), error.message)
+
+
+def lines_as_they_come(descriptor: int, batch_size: int) -> Iterator[list[Item]]:
+    """Yield the lines of a stream in batches: full ones, and what there is when no more has come for a moment."""
+    waiting, rest, ended = [], b"", False
+    while not ended:
+        # Python's own buffer would hide from `select` what has been read ahead.
+        if not select.select([descriptor], [], [], PAUSE_SECONDS if waiting else None)[0]:
+            yield waiting
+            waiting = []
+            continue
+        block = os.read(descriptor, BLOCK_BYTES)
+        ended = not block
+        *lines, rest = (rest + block).split(b"\n")
+        waiting += [_decoded(line) for line in lines + ([rest] if ended and rest else [])]
+        while len(waiting) >= batch_size or (ended and waiting):
+            yield waiting[:batch_size]
+            waiting = waiting[batch_size:]
+
+
+def _decoded(line: bytes) -> Item:
+    line = line.removesuffix(b"\r")
+    try:
+        return Item(line.decode())
+    except UnicodeDecodeError as error:
+        return Item(line.decode(errors="replace"), f"is not UTF-8: the first wrong byte is at offset {error.start}")
+
+
+def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    left = iter(items)
+    while batch := list(islice(left, size)):
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+def _answer_arguments(predict: Predict, batches: Iterator[list[Item]], top: int | None, table: bool) -> None:
+    """Answer all or, where one cannot be taken, none."""
+    pairs = [pair for items in batches for pair in zip(items, answer(predict, items), strict=True)]
+    for number, (_, found) in enumerate(pairs, 1):
+        if "error" in found:
+            raise UserError(f"TEXT {number}", found["error"])
+    _print([item for item, _ in pairs], [shaped(found, top) for _, found in pairs], table)
+
+
+def _answer_stream(predict: Predict, batches: Iterator[list[Item]], top: int | None, table: bool) -> None:
+    begin, count, errors = time.perf_counter(), 0, 0
+    for items in batches:
+        found = answer(predict, items)
+        count, errors = count + len(items), errors + sum("error" in one for one in found)
+        _print(items, [shaped(one, top) for one in found], table)
+    seconds = time.perf_counter() - begin
+    print(f"{count:,} texts in {seconds:.2f} s, {count / seconds:,.1f} texts/s", file=sys.stderr)
+    if errors:
+        print(f"{errors:,} of them could not be taken; their answers say why (error)", file=sys.stderr)
+
+
+def _print(items: list[Item], answers: list[dict[str, Any]], table: bool) -> None:
+    if not table:
+        for item, one in zip(items, answers, strict=True):
+            print(json.dumps({"text": item.text, **one}, ensure_ascii=False))
+        sys.stdout.flush()
+        return
+    width = shutil.get_terminal_size((100, 24)).columns
+    cells = [one_line(_cell(one)) for one in answers]
+    room = min(max(map(len, cells)), int(width * MOST_OF_THE_WIDTH))
+    for item, cell in zip(items, cells, strict=True):
+        print(f"{_cut(cell, room):{room}}  {_cut(one_line(item.text), max(10, width - room - 2))}".rstrip())
+    sys.stdout.flush()
+
+
+def _cell(one: dict[str, Any]) -> str:
+    if "error" in one:
+        return f"error: {one['error']}"
+    labels = one.get("labels", [one] if "label" in one else None)
+    if labels is None:
+        return json.dumps(one, ensure_ascii=False)
+    return ", ".join(f"{item['label']} {item['probability']:.1%}" for item in labels) or "-"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="bigbatch predict", description="Tell of which kind texts are.", epilog=EPILOG)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
+    parser.add_argument("texts", nargs="*", default=[], metavar="TEXT", help="a text; - is standard input, a line each")
+    parser.add_argument("--file", metavar="F", help="texts of a .txt (a line each), .jsonl, .csv, .tsv or .parquet")
+    parser.add_argument("--text-column", default="text", metavar="C", help="of the file (default text)")
+    parser.add_argument("--format", choices=("jsonl", "table"), help="by default a table on a terminal, else jsonl")
+    parser.add_argument("--top", type=_count, metavar="K", help="the likeliest so many labels, each with probability")
+    parser.add_argument("--batch-size", type=_count, metavar="N", default=32, help="texts at once (default 32)")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; right is a number from 1 on")
+    return int(text)
