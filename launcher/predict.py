@@ -16,14 +16,15 @@ _MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "adamw_8bit": 2, "lion": 1, "adagr
 
 
 def count_parameters(model: Any, vocabulary_size: int, num_labels: int = 0) -> int:
-    """Count the parameters of a model's section, tied embeddings once; of a classifier, with a head for its labels."""
+    """Count the parameters of a model's section, tied embeddings once, and of a head for labels where there are any."""
     if hasattr(model, "backbone"):
         backbone, features = _backbone(model, vocabulary_size)
         return backbone + (features + 1) * num_labels
     if isinstance(model, EncoderSection):
         hidden = model.hidden_size
-        head = hidden * hidden + 3 * hidden + padded_vocabulary(vocabulary_size, model)
-        return _encoder(model, vocabulary_size) + head
+        fill_head = hidden * hidden + 3 * hidden + padded_vocabulary(vocabulary_size, model)
+        pair_head = (hidden + 1) * (hidden + num_labels) if num_labels else 0  # behind a pooler
+        return _encoder(model, vocabulary_size) + fill_head + pair_head
     return _decoder(model, vocabulary_size)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from bigbatch.launcher.predict import Start, checkpoint_bytes, count_parameters, look_at_start, vocabulary_size
-from bigbatch.launcher.problems import InvalidDocumentError, Problem
+from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.batch import check_batch
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
@@ -118,10 +118,10 @@ def _source(data: Any, source: Any, where: str) -> Iterator[Finding]:
     wanted = _wanted_columns(data, files[0])
     for name, setting in wanted.items():
         if columns is not None and name not in columns:
-            there = ", ".join(map(repr, columns)) or "none"
-            yield Finding(
-                "columns", "error", setting, f"{files[0].path} ({where}) has no column {name!r}; there are: {there}"
-            )
+            there = ", ".join(map(shown, columns)) or "none"
+            message = f"{files[0].path} ({where}) has no column {shown(name)}; there are: {there}"
+            advice = "where the first row is no header, give `columns`" if files[0].format in ("csv", "tsv") else ""
+            yield Finding("columns", "error", setting, message, advice)
 
 
 def _wanted_columns(data: Any, file: SourceFile) -> dict[str, str]:
@@ -292,7 +292,7 @@ def _parameters(config: Any) -> _Parameters | None:
         return None
     if hasattr(model, "backbone") and getattr(model, "initialize_from", None):
         return _Parameters(look_at_start(Path(model.initialize_from).expanduser()).parameters, False)
-    labels = len(getattr(data, "labels", ()))
+    labels = len(getattr(data, "labels", ())) or 2 * (getattr(config, "sentence_task", "none") != "none")
     is_exact = data.tokenizer.kind != "character" and (labels > 0 or not hasattr(model, "backbone"))
     return _Parameters(count_parameters(model, vocabulary_size(data.tokenizer), labels), is_exact)
 

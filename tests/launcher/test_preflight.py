@@ -231,14 +231,15 @@ def test_the_shakespeare_preset_finds_its_data(monkeypatch):
     assert any(line.startswith("data.train: about 1,003 steps an epoch, ") for line in told(findings, "info"))
 
 
+@pytest.mark.parametrize("has_pairs", [False, True], ids=["", "pairs"])
 @pytest.mark.parametrize("changes", [{}, {"norm": "pre", "positions": "rotary"}], ids=["bert", "pre_rotary"])
-def test_an_encoders_parameters_are_counted_without_building_it(changes):
+def test_an_encoders_parameters_are_counted_without_building_it(changes, has_pairs):
     from bigbatch.recipes.core.models.encoder import MaskedLanguageModel
 
     section = EncoderSection(num_layers=2, hidden_size=32, num_heads=4, feed_forward_size=48, **changes)
-    built = sum(parameter.numel() for parameter in MaskedLanguageModel(section, 101).parameters())
+    built = sum(parameter.numel() for parameter in MaskedLanguageModel(section, 101, has_pairs).parameters())
     # The last norm is where each form has one: behind the embedding or behind the layers.
-    assert count_parameters(section, 101) == built
+    assert count_parameters(section, 101, 2 if has_pairs else 0) == built
 
 
 def test_the_published_size_of_bert_base_is_met():
@@ -316,11 +317,11 @@ def test_rows_are_counted_in_an_archive_too(classify, here):
 def test_a_missing_column_is_told_with_those_there(classify, here, name, content):
     (here / name).write_text(content)
     data = {"train": ["rows.csv"], "validation": [name]}
-    message = f"{here}/{name} (data.validation[0]) has no column 'label'; there are: 'text', 'kind'"
+    message = f'{here}/{name} (data.validation[0]) has no column "label"; there are: "text", "kind"'
     assert told(classify(data=data)) == [f"data.label_column: {message}"]
     assert told(classify(data={**data, "train": [name], "label_column": "kind"})) == []
     assert told(classify(data={**data, "train": [name], "label_column": "kind", "text_columns": ["text", "body"]})) == [
-        f"data.text_columns[1]: {here}/{name} ({where}) has no column 'body'; there are: 'text', 'kind'"
+        f'data.text_columns[1]: {here}/{name} ({where}) has no column "body"; there are: "text", "kind"'
         for where in ("data.train[0]", "data.validation[0]")
     ]
 
@@ -332,14 +333,14 @@ def test_a_constant_is_a_column_and_so_is_a_group_of_the_pattern(classify, here)
     pattern = {"path": "both.txt", "format": "lines", "pattern": "(?P<label>\\w+) (?P<text>.*)"}
     assert told(classify(data={"train": [constant, pattern]})) == []
     assert told(classify(data={"train": ["good.txt"]})) == [
-        f"data.label_column: {here}/good.txt (data.train[0]) has no column 'label'; there are: 'text'"
+        f'data.label_column: {here}/good.txt (data.train[0]) has no column "label"; there are: "text"'
     ]
 
 
 def test_the_text_key_of_a_language_models_source_is_looked_for_too(here):
     (here / "rows.jsonl").write_text('{"body": "to be"}\n')
     assert told(findings_of('data.train=["rows.jsonl"]')) == [
-        f"data.text_key: {here}/rows.jsonl (data.train[0]) has no column 'text'; there are: 'body'"
+        f'data.text_key: {here}/rows.jsonl (data.train[0]) has no column "text"; there are: "body"'
     ]
 
 
