@@ -9,13 +9,13 @@ disk: a folder without a manifest that verifies does not exist.
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from safetensors import safe_open
 
 from bigbatch.recipes.core.config import RunConfig
 from bigbatch.recipes.core.engine import Engine
@@ -23,11 +23,22 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.fragments import Fragment, is_replicated
 from bigbatch.recipes.core.optim import set_state, state_keys
 from bigbatch.recipes.core.parallel import Mesh
-from bigbatch.recipes.core.tensor_file import Entry, hash_file, sync_folder, write_json, write_tensors
+from bigbatch.recipes.core.tensor_file import (
+    Entry,
+    TensorFile,
+    hash_file,
+    sync_folder,
+    write_json,
+    write_tensors,
+)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MASTER = "master"
+MOST_OPEN_FILES = 64
+HASHING_THREADS = 4  # a file system of many disks is no faster than its reader
+
+FirstText = Callable[[str], str]  # Mesh.first_text, or the same over another group
 
 
 class Piece(NamedTuple):
@@ -46,49 +57,72 @@ class CheckpointDamagedError(Exception):
 # ---------------------------------------------------------------------------------------------------------------- save
 
 
+class Part(NamedTuple):
+    """What this rank writes of one kind of one logical tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole logical tensor."""
+    kind: str
+    start: int
+    values: torch.Tensor  # [n]
+
+
 def save(run_dir: Path, engine: Engine, mesh: Mesh, state: dict[str, Any]) -> Path:
     """Write a checkpoint of the engine and the loop's `state` (JSON), then apply retention; return its folder.
 
     A failure on any rank raises UserError on all of them; checkpoints that were there stay. Collective: every rank must
     call it.
     """
+    return write(
+        run_dir, engine.config, mesh, mesh.first_text, list(owned(engine, mesh)), {**state, **engine_state(engine)}
+    )
+
+
+def write(
+    run_dir: Path, config: RunConfig, mesh: Mesh, first_text: FirstText, parts: list[Part], state: dict[str, Any]
+) -> Path:
+    """Write the parts of all ranks as one checkpoint; return its folder.
+
+    Collective over the ranks of `first_text`: every rank must call it.
+    """
     folder = checkpoint_dir(run_dir, state["step"])
-    with _agreed(mesh, folder):
+    agreed = _Agreed(first_text, folder, mesh.is_writer)
+    with agreed:
         if mesh.is_writer:
             _clear(folder)
             folder.mkdir(parents=True)
-    with _agreed(mesh, folder):
-        entries = list(_owned(engine, mesh))
+    with agreed:
         shard = f"rank_{mesh.rank:05d}.safetensors"
-        header = [Entry(f"{kind}/{item.name}", part.dtype, tuple(part.shape)) for item, kind, _, part in entries]
-        description = write_tensors(folder / shard, header, (part for *_, part in entries))
-        pieces = [[item.name, item.shape, [shard, kind, start, part.numel()]] for item, kind, start, part in entries]
+        header = [Entry(f"{part.kind}/{part.name}", part.values.dtype, tuple(part.values.shape)) for part in parts]
+        description = write_tensors(folder / shard, header, (part.values for part in parts))
+        pieces = [[part.name, part.shape, [shard, part.kind, part.start, part.values.numel()]] for part in parts]
         write_json(folder / f"rank_{mesh.rank:05d}.json", {"file": description, "pieces": pieces})
         sync_folder(folder)
-    with _agreed(mesh, folder):
+    with agreed:
         if mesh.is_writer:
-            _commit(folder, mesh.world_size, {**state, **_engine_state(engine)})
-            _apply_retention(run_dir, engine.config, state["step"], state.get("best_step", 0))
+            _commit(folder, mesh.world_size, state)
+            _apply_retention(run_dir, config, state["step"], state.get("best_step", 0))
     return folder
 
 
-def _owned(engine: Engine, mesh: Mesh) -> Iterator[tuple[Fragment, str, int, torch.Tensor]]:
-    """Yield (fragment, kind, start, flat tensor) for what this rank writes; at stage 0 each rank takes a share."""
-    for fragment in engine.fragments():
-        begin, end = 0, fragment.master.numel()
-        if is_replicated(engine.deepspeed):
-            begin, end = (end * rank // mesh.data_ranks for rank in (mesh.data_rank, mesh.data_rank + 1))
-        if begin == end:
-            continue
-        yield fragment, MASTER, fragment.start + begin, fragment.master[begin:end]
-        for key in _present_keys(engine):
-            yield fragment, key, fragment.start + begin, fragment.state(engine.optimizer, key)[begin:end]
-    for fragment in engine.frozen():
-        begin, end = 0, fragment.master.numel()
-        if engine.deepspeed.zero_optimization_stage() < 3:  # every rank has all of it
+def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
+    """Yield what this rank writes, float32, as views where it is that; at stage 0 each rank takes a share."""
+
+    def share(fragment: Fragment, kind: str, values: torch.Tensor, is_everywhere: bool) -> Iterator[Part]:
+        begin, end = 0, values.numel()
+        if is_everywhere:
             begin, end = (end * rank // mesh.data_ranks for rank in (mesh.data_rank, mesh.data_rank + 1))
         if begin < end:
-            yield fragment, MASTER, fragment.start + begin, fragment.master[begin:end].float()
+            yield Part(fragment.name, fragment.shape, kind, fragment.start + begin, values[begin:end].float())
+
+    is_everywhere = is_replicated(engine.deepspeed)
+    for fragment in engine.fragments():
+        yield from share(fragment, MASTER, fragment.master, is_everywhere)
+        for key in _present_keys(engine):
+            yield from share(fragment, key, fragment.state(engine.optimizer, key), is_everywhere)
+    for fragment in engine.frozen():
+        yield from share(fragment, MASTER, fragment.master, engine.deepspeed.zero_optimization_stage() < 3)
 
 
 def _present_keys(engine: Engine) -> tuple[str, ...]:
@@ -96,7 +130,8 @@ def _present_keys(engine: Engine) -> tuple[str, ...]:
     return state_keys(engine.config.optimizer) if engine.optimizer.state else ()
 
 
-def _engine_state(engine: Engine) -> dict[str, Any]:
+def engine_state(engine: Engine) -> dict[str, Any]:
+    """Return what a resume needs of the engine beside its tensors."""
     state: dict[str, Any] = {"zero_stage": engine.deepspeed.zero_optimization_stage(), "ranks": engine.mesh.world_size}
     steps = [float(value["step"]) for value in engine.optimizer.state.values() if "step" in value]
     state["optimizer"] = {"name": engine.config.optimizer.name, "steps": steps[0] if steps else None}
@@ -157,11 +192,11 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-class _agreed:  # noqa: N801 - reads as a word in `with _agreed(mesh, folder)`
+class _Agreed:
     """Run a block on every rank; if it failed on any, raise on all, and clear the folder unless it is committed."""
 
-    def __init__(self, mesh: Mesh, folder: Path) -> None:
-        self.mesh, self.folder = mesh, folder
+    def __init__(self, first_text: FirstText, folder: Path, is_writer: bool) -> None:
+        self.first_text, self.folder, self.is_writer = first_text, folder, is_writer
 
     def __enter__(self) -> None:
         pass
@@ -169,10 +204,10 @@ class _agreed:  # noqa: N801 - reads as a word in `with _agreed(mesh, folder)`
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not isinstance(error, OSError):
             return
-        reason = self.mesh.first_text(f"{error.strerror or error}" if error else "")
+        reason = self.first_text(f"{error.strerror or error}" if error else "")
         if not reason:
             return
-        if self.mesh.is_writer and not (self.folder / MANIFEST).exists():
+        if self.is_writer and not (self.folder / MANIFEST).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         raise UserError(
             str(self.folder), f"the checkpoint could not be written ({reason}); the earlier ones are untouched"
@@ -193,17 +228,16 @@ def restore(run_dir: Path, engine: Engine, mesh: Mesh, say: Any) -> dict[str, An
     )  # one rank's view of the disk
     for name in names.split():
         folder = run_dir / "checkpoints" / name
-        problem = ""
-        try:
-            reader = Reader(folder)
-            reader.verify(part=mesh.rank, parts=mesh.world_size)
-        except (CheckpointDamagedError, OSError) as error:
-            problem = str(error)
-        if problem := mesh.first_text(problem):
-            say(f"skipped {folder.name}: {problem}")
-            continue
-        load_into(reader, engine)
-        return reader.manifest
+        opened, problem = _problem(lambda folder=folder: _opened(folder))
+        problem = mesh.first_text(problem)
+        if opened and not problem:
+            _check_shapes(opened, engine.module)
+            _, problem = _problem(lambda reader=opened: _load_and_verify(reader, engine, mesh))
+            problem = mesh.first_text(problem)
+        if opened and not problem:
+            engine.write_back()
+            return opened.manifest
+        say(f"skipped {folder.name}: {problem}")
     if names:
         raise UserError(
             str(run_dir / "checkpoints"),
@@ -213,9 +247,33 @@ def restore(run_dir: Path, engine: Engine, mesh: Mesh, say: Any) -> dict[str, An
     return None
 
 
-def load_into(reader: "Reader", engine: Engine) -> None:
-    """Fill the engine's masters, optimizer state and loss scaler. Collective: every rank must call it."""
-    _check_shapes(reader, engine.module)
+def _problem(act: Callable[[], "Reader | None"]) -> "tuple[Reader | None, str]":
+    """Return what `act` returns and "", or None and how the checkpoint is damaged."""
+    try:
+        return act(), ""
+    except (CheckpointDamagedError, OSError) as error:
+        return None, str(error)
+
+
+def _opened(folder: Path) -> "Reader":
+    reader = Reader(folder)
+    reader.check_files()
+    return reader
+
+
+def _load_and_verify(reader: "Reader", engine: Engine, mesh: Mesh) -> None:
+    """Fill the engine while a thread hashes this rank's share of the files; each byte comes from the disk once.
+
+    What a damaged checkpoint has put into the engine, the next one or the end of the process replaces.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(reader.check_hashes, mesh.rank, mesh.world_size)
+        _load_into(reader, engine)
+        hashed.result()
+
+
+def _load_into(reader: "Reader", engine: Engine) -> None:
+    """Fill the engine's masters, optimizer state and loss scaler, but not its working weights."""
     optimizer_state = reader.manifest["optimizer"]
     same_optimizer = optimizer_state["name"] == engine.config.optimizer.name
     steps = optimizer_state["steps"] if same_optimizer else None
@@ -234,11 +292,10 @@ def load_into(reader: "Reader", engine: Engine) -> None:
         for flat, tensors in states.items():
             set_state(engine.optimizer, flat, tensors, steps)
     for fragment in engine.frozen():
-        fragment.master.copy_(reader.read(fragment.name).view(-1)[fragment.start :][: fragment.master.numel()])
+        reader.read_into(fragment.name, MASTER, fragment.start, fragment.master)
     for key, value in reader.manifest.get("loss_scaler", {}).items():
         if engine.loss_scaler:
             setattr(engine.loss_scaler, key, value)
-    engine.write_back()
 
 
 def _check_shapes(reader: "Reader", module: torch.nn.Module) -> None:
@@ -277,25 +334,40 @@ class Reader:
         if self.manifest["format"] != FORMAT_VERSION:
             raise UserError(str(folder), f"has format {self.manifest['format']}; this version reads {FORMAT_VERSION}")
         self.tensors: dict[str, Any] = self.manifest["tensors"]
+        self._open: dict[str, TensorFile] = {}
 
     def kinds(self) -> set[str]:
         """Name the kinds of tensors there are: `master` and the optimizer's states."""
         return {kind for tensor in self.tensors.values() for _, kind, _, _ in tensor["pieces"]}
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Check that every file is there; compare the hashes of every `parts`-th one. Raise CheckpointDamagedError."""
-        for index, file in enumerate(self.manifest["files"]):
+    def verify(self) -> None:
+        """Check that every file is there and has the bytes that were written; raise CheckpointDamagedError."""
+        self.check_files()
+        self.check_hashes()
+
+    def check_files(self) -> None:
+        """Check that every file is there and of its size, and that no tensor lies elsewhere."""
+        names = {file["name"] for file in self.manifest["files"]}
+        for name in names | {piece[0] for tensor in self.tensors.values() for piece in tensor["pieces"]}:
+            if (self.folder / name).parent != self.folder or name not in names:
+                raise CheckpointDamagedError(f"{name} lies outside the checkpoint")
+        for file in self.manifest["files"]:
             path = self.folder / file["name"]
-            if path.parent != self.folder:
-                raise CheckpointDamagedError(f"{file['name']} lies outside the checkpoint")
             if not path.exists():
                 raise CheckpointDamagedError(f"{path.name} is missing")
             if path.stat().st_size != file["bytes"]:
                 raise CheckpointDamagedError(
                     f"{path.name} has {path.stat().st_size} bytes, {file['bytes']} were written"
                 )
-            if index % parts == part and hash_file(path) != file["xxh3_128"]:
-                raise CheckpointDamagedError(f"{path.name} does not match its hash: its bytes have changed")
+
+    def check_hashes(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the hashes of every `parts`-th file; several are read at a time."""
+        files = self.manifest["files"][part::parts]
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            hashes = pool.map(hash_file, (self.folder / file["name"] for file in files))
+            for file, found in zip(files, hashes, strict=True):
+                if found != file["xxh3_128"]:
+                    raise CheckpointDamagedError(f"{file['name']} does not match its hash: its bytes have changed")
 
     def read(self, name: str, kind: str = MASTER) -> torch.Tensor:
         """Return one logical tensor whole, float32."""
@@ -311,12 +383,22 @@ class Reader:
             low, high = max(start, piece.start), min(end, piece.start + piece.length)
             if piece.kind != kind or low >= high:
                 continue
-            with safe_open(self.folder / piece.file, framework="pt") as file:
-                source = file.get_slice(f"{kind}/{name}")[low - piece.start : high - piece.start]
-            target[low - start : high - start].copy_(source)
+            try:
+                file = self._file(piece.file)
+                file.read_into(f"{kind}/{name}", low - piece.start, target[low - start : high - start])
+            except ValueError as error:
+                raise CheckpointDamagedError(str(error)) from None
             filled += high - low
         if filled != target.numel():
             raise CheckpointDamagedError(f"{kind} of {name!r} covers {filled} of {target.numel()} elements")
+
+    def _file(self, name: str) -> TensorFile:
+        """Return a shard, open; it stays so, for tensors that are neighbours in the model are so in the files."""
+        if name not in self._open:
+            if len(self._open) == MOST_OPEN_FILES:
+                del self._open[next(iter(self._open))]
+            self._open[name] = TensorFile(self.folder / name)
+        return self._open[name]
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:

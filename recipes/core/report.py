@@ -120,15 +120,21 @@ class Reporter:
             if index == 0:
                 self._terminal.say(f"step {step:,}  sample: {sample['prompt']!a} -> {_shorten(sample['text'])}")
 
-    def event(self, step: int, kind: str, message: str = "", seconds: float = 0.0) -> None:
-        """Write that something happened (saved, signal, skipped, failed) and the time that it took.
+    def report_steps(self) -> None:
+        """Write the steps that wait for their report, so that a run resumed from here has no hole."""
+        if self._is_writer:
+            self._report_window()
 
-        Steps that wait for their report are written first, so that a run resumed from a save has no hole.
+    def event(self, step: int, kind: str, message: str = "", seconds: float = 0.0, **values: float) -> None:
+        """Write that something happened (saved, signal, skipped, failed), the time that it took, and other figures.
+
+        Steps that wait for their report are written first, unless it is about an earlier step.
         """
         if not self._is_writer:
             return
-        self._report_window()
-        self._write_event(step, kind, message, {"seconds": seconds})
+        if step >= self._last_step:
+            self._report_window()
+        self._write_event(step, kind, message, {"seconds": seconds, **values})
         if kind == "failed":  # told once, in one line, by who ends the process
             return
         took = f"  ({seconds:.1f} s)" if seconds else ""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.process import StopFlag
 from bigbatch.recipes.core.recipe import DataSplits, Outputs, Samples, further
 from bigbatch.recipes.core.report import Reporter, StepRecord, measured_peak_flops
+from bigbatch.recipes.core.saver import Saved, Saver
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,6 +72,7 @@ class Session(NamedTuple):
     data: DataSplits
     engine: Engine
     reporter: Reporter
+    saver: Saver
 
 
 def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, Any]) -> int:
@@ -86,7 +89,8 @@ def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, Any]) -> int:
     state = _restore(run, engine, mesh, data)
     reporter = _reporter(run, mesh, data, state.step, time.monotonic() - started)
     try:
-        stopped = _loop(Session(run, mesh, data, engine, reporter), state, stop, phase)
+        with Saver(run.run_dir, engine, mesh, partial(_tell_saved, reporter)) as saver:
+            stopped = _loop(Session(run, mesh, data, engine, reporter, saver), state, stop, phase)
     except BaseException as error:
         reporter.event(phase["step"] or state.step, "failed", f"{type(error).__name__}: {error}")
         raise
@@ -122,7 +126,7 @@ def _build_model(run: Run, mesh: Mesh, data: DataSplits) -> nn.Module:
 
 def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[str, Any]) -> bool:
     """Evaluate, save, step; return whether a signal ended it before the last step."""
-    run, mesh, data, engine, reporter = session
+    run, mesh, data, engine, reporter, saver = session
     config, last_step = run.config, _last_step(run.config)
     state, asked_to_stop = restored, False
     while True:
@@ -135,13 +139,18 @@ def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[st
         if advanced and (ended or is_best or _due(state.step, config.checkpoint.every_steps, last_step)):
             phase.update(phase="save", step=state.step)
             _save(session, state)
+        saver.poll()
         if ended:
+            saver.wait()
             break
         phase.update(phase="step", step=state.step)
         begin = time.monotonic()
         batches, order_hash = _next_batches(config, data.train, state, mesh)
         own_targets = sum(run.recipe.count_targets(batch) for batch in batches)
-        num_targets, stops = mesh.sum(own_targets, float(bool(stop.signal_name)))
+        num_targets, stops, failed = mesh.sum(own_targets, float(bool(stop.signal_name)), float(saver.has_failed))
+        if failed:
+            phase.update(phase="save")
+            saver.wait()
         result = engine.train_step(state.step, batches, run.recipe.loss, int(num_targets))
         state = _advance(config, state, result, order_hash)
         reporter.step(_record(config, state, result, time.monotonic() - begin))
@@ -280,7 +289,7 @@ def _stands_still(config: RunConfig, state: TrainState) -> bool:
 
 
 def _evaluate_and_sample(session: Session, samples: Samples, step: int) -> dict[str, float]:
-    run, mesh, data, engine, reporter = session
+    run, mesh, data, engine, reporter, _ = session
     begin = time.monotonic()
     figures = evaluate(run, engine.deepspeed, samples, mesh, data.facts, run.config.evaluate.max_samples)
     del figures["num_targets"]  # the same each time
@@ -293,17 +302,21 @@ def _evaluate_and_sample(session: Session, samples: Samples, step: int) -> dict[
 
 
 def _save(session: Session, state: TrainState) -> None:
-    run, mesh, data, engine, reporter = session
-    begin = time.monotonic()
-    content = {
-        **state._asdict(),
-        "content_id": run.content_id,
-        "data_fingerprint": data.train.fingerprint,
-        "run": run.config.model_dump(mode="json"),
-        "facts": data.facts,
-    }
-    folder = checkpoint.save(run.run_dir, engine, mesh, content)
-    reporter.event(state.step, "saved", folder.name, time.monotonic() - begin)
+    run, data = session.run, session.data
+    session.reporter.report_steps()
+    session.saver.save(
+        {
+            **state._asdict(),
+            "content_id": run.content_id,
+            "data_fingerprint": data.train.fingerprint,
+            "run": run.config.model_dump(mode="json"),
+            "facts": data.facts,
+        }
+    )
+
+
+def _tell_saved(reporter: Reporter, saved: Saved) -> None:
+    reporter.event(saved.step, "saved", saved.folder.name, saved.stall_seconds, whole_seconds=saved.whole_seconds)
 
 
 def _next_batches(
@@ -331,7 +344,9 @@ def _advance(config: RunConfig, state: TrainState, result: StepResult, order_has
             f"step {state.step}: {skipped} steps in a row were not finite (precision.max_skipped_steps)"
         )
     consumed = state.consumed_samples + global_size_at(config.batch, state.step)
-    return TrainState(state.step + 1, consumed, order_hash, skipped)
+    return state._replace(
+        step=state.step + 1, consumed_samples=consumed, order_hash=order_hash, skipped_in_a_row=skipped
+    )
 
 
 def _record(config: RunConfig, state: TrainState, result: StepResult, seconds: float) -> StepRecord:
