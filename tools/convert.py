@@ -4,6 +4,7 @@ Everything is written beside OUT, compared with transformers' own model on real 
 a folder called OUT is a folder that agreed.
 """
 
+import inspect
 import json
 import math
 import os
@@ -122,9 +123,10 @@ def compare(
         ours = recipe.build_model(config, reader.manifest["facts"], initialize=False).eval()
     read_lazily(ours, lambda name: reader.read(name).to(dtype).float())
     logits, differences = [], []
+    cacheless = {"use_cache": False} if "use_cache" in inspect.signature(theirs.forward).parameters else {}
     with torch.inference_mode():
         for row in torch.from_numpy(tokens):
-            expected = theirs(input_ids=row.unsqueeze(0), use_cache=False).logits
+            expected = theirs(input_ids=row.unsqueeze(0), **cacheless).logits
             found = ours(row.unsqueeze(0))
             logits.append(expected.abs().max())
             differences.append((expected - found).abs().max())
@@ -238,6 +240,7 @@ def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype
         "parameters": parameters,
         "dtype": dtype,
         "parity": parity._asdict(),
+        "run": manifest["run"],
     }
     write_text(folder / RECORD_FILE, record)
     purpose = f"{config.about.purpose}\n\n" if config.about else ""

@@ -1,6 +1,7 @@
 """What a recipe gives to the shared loop, and how one is found: by its folder."""
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -167,6 +168,20 @@ def find_config(name: str) -> type[RunConfig]:
 def find(name: str) -> Any:
     """Return the recipe's module, which follows the Recipe protocol."""
     return _module(name, "recipe")
+
+
+def of_folder(folder: Path) -> str:
+    """Return the recipe whose `open_folder` opens a Hugging Face folder; raise UserError where none does."""
+    try:
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = (document.get("architectures") or ["a model of no class"])[0]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(str(folder), f"is no Hugging Face folder: config.json cannot be read ({error})") from None
+    for name in recipe_names():
+        ending = further(find(name), "ARCHITECTURE")
+        if ending and architecture.endswith(ending):
+            return name
+    raise UserError(str(folder), f"holds {architecture}, which no recipe predicts with")
 
 
 def _module(name: str, part: str) -> ModuleType:

@@ -107,7 +107,10 @@ class Reporter:
         if not self._is_writer:
             return
         self._write("evaluation", step, values | {"seconds": seconds})
-        self._terminal.say(f"step {step:,}  validation: " + ", ".join(f"{k} {v:.5g}" for k, v in values.items()))
+        shown = ", ".join(
+            f"{name} {value:.5g}" for name, value in values.items() if "/" not in name
+        )  # f1/spam and so on
+        self._terminal.say(f"step {step:,}  validation: {shown}")
 
     def text(self, step: int, samples: list[dict[str, str]], seconds: float = 0.0) -> None:
         """Write outputs to look at, each {"prompt": ..., "text": ...}, and the time that they took."""

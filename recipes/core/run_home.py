@@ -31,6 +31,13 @@ def enter_home(path: Path) -> Path:
     return path
 
 
+def recorded_path(checkpoint: Path, path: str) -> Path:
+    """Return where a path that stands in a checkpoint's run leads, seen from the current folder."""
+    record = _read_record(checkpoint.absolute().parents[1] / "environment.json")
+    below = Path(record.get("working_directory", "")) / path
+    return below if below.exists() else Path(path)
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

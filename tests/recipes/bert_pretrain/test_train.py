@@ -49,7 +49,7 @@ def trained(run_program, make_document, tmp_path_factory):
             (out / f"{run_name}.json").write_text(json.dumps(documents[name]))
             plans.append((run_name, ranks, stage, stop_step))
     (out / "plans.json").write_text(json.dumps(plans))
-    run_program(Path(__file__).with_name("train_documents.py"), out)
+    run_program("train_documents.py", out)
     return out
 
 

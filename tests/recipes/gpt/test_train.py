@@ -113,16 +113,16 @@ def trained(run_program, made_documents, write_documents, tmp_path_factory):
     plans = []
     for family, shape in SHAPES.items():
         (out / f"{family}.json").write_text(json.dumps(run_document(shape, text, {"kind": "character"})))
-        plans += [(family, ranks, stage) for ranks in RANKS for stage in STAGES]
+        plans += [(family, ranks, stage, None) for ranks in RANKS for stage in STAGES]
         folder = out / f"{family}_folder"
         save_model(shape, save_tokenizer(made_documents, folder), folder)
         started = run_document(
             shape | {"initialize_from": str(folder)}, text, {"kind": "pretrained", "path": str(folder)}
         )
         (out / f"{family}_started.json").write_text(json.dumps(started))
-        plans += [(f"{family}_started", ranks, stage) for ranks, stage in FOLDER_PLANS]
+        plans += [(f"{family}_started", ranks, stage, None) for ranks, stage in FOLDER_PLANS]
     (out / "plans.json").write_text(json.dumps(plans))
-    run_program(Path(__file__).with_name("train_documents.py"), out)
+    run_program("train_documents.py", out)
     return out
 
 

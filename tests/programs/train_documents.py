@@ -1,7 +1,8 @@
 """Train run documents under several plans, in one start: `train_documents.py OUT`.
 
 OUT/plans.json lists [name, ranks, ZeRO stage, stop step]; OUT/<name>.json is a run document, and
-OUT/<name>_<ranks>_<stage>/ becomes its run folder. A plan with a stop step is stopped there, and gone on with.
+OUT/<name>_<ranks>_<stage>/ becomes its run folder, set up as the command line sets one up. A plan with a stop step is
+stopped there, and gone on with; one without has null.
 """
 
 import json
@@ -9,8 +10,6 @@ import sys
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[2] / "programs"))
 
 from forked_ranks import import_everything, run_forked
 
@@ -60,7 +59,10 @@ def train_all(run_dirs: list[Path]) -> None:
 
 
 def processes(plan: Plan) -> tuple[int, bool]:
-    """Return what runs must share to be trained by the same processes: stage 3 has processes of its own."""
+    """Return what runs must share to be trained by the same processes.
+
+    Stage 3 has processes of its own: DeepSpeed replaces torch's linear function there for the rest of the process.
+    """
     return plan[1], plan[2] == 3
 
 
@@ -68,7 +70,8 @@ def main(out: Path) -> int:
     """Train everything; return 1 when a process fails."""
     plans = sorted(map(tuple, json.loads((out / "plans.json").read_text())), key=processes)
     import_everything()
-    recipe.find("bert_pretrain")  # for the children
+    for name in {plan[0] for plan in plans}:
+        recipe.find(json.loads((out / f"{name}.json").read_text())["recipe"])  # for the children
     log = out / "log.txt"
     statuses = run_forked(partial(prepare_all, [set_up(out, plan, plan[3]) for plan in plans]), 1, log)
     for goes_on in (False, True):
