@@ -30,13 +30,14 @@ from bigbatch.recipes.core.data.sources import (
     list_files,
     load_hugging_face,
 )
-from bigbatch.recipes.core.data.stdlib_text import stdlib_documents
+from bigbatch.recipes.core.data.stdlib_text import stdlib_docstrings, stdlib_documents
 from bigbatch.recipes.core.errors import UserError
 
 TEXT_BLOCK_BYTES = 2**23  # a longer .txt file is cut at line ends into documents of about this size
 LARGEST_FIELD_CHARACTERS = 2**24  # of a .csv file: an unclosed quote swallows no more than this
 ROWS_AT_ONCE = 256
 TEXT_COLUMN = "text"  # the only column of a file without columns
+KIND_COLUMN = "kind"  # of a docstring
 
 Columns = Mapping[str, str]  # name of a column -> JSON path of the setting that asks for it, for messages
 
@@ -203,6 +204,13 @@ def _read_stdlib(file: SourceFile, columns: Columns) -> Iterator[Row]:
         yield Row({TEXT_COLUMN: text}, file.path, 1.0)
 
 
+def _read_docstrings(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    _require(columns, [TEXT_COLUMN, KIND_COLUMN], file.path)
+    for number, found in enumerate(stdlib_docstrings(Path(file.path)), 1):
+        values = dict(zip((TEXT_COLUMN, KIND_COLUMN), found, strict=True))
+        yield Row({name: values[name] for name in columns}, f"{file.path}:{number}", 1.0)
+
+
 def _read_hugging_face(file: SourceFile, columns: Columns) -> Iterator[Row]:
     dataset = load_hugging_face(file.path, file.path)
     _require(columns, dataset.column_names, file.path)
@@ -224,6 +232,7 @@ _READERS: dict[str, Callable[[SourceFile, Columns], Iterator[Row]]] = {
     "parquet": _read_parquet,
     "hf": _read_hugging_face,
     "stdlib": _read_stdlib,
+    "docstrings": _read_docstrings,
 }
 
 

@@ -19,7 +19,7 @@ from bigbatch.recipes.core.config import TableSource
 from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
-STDLIB = "python:stdlib"
+PYTHON = {"python:stdlib": "stdlib", "python:docstrings": "docstrings"}  # source -> format
 HUGGING_FACE = "hf:"
 DATA_ROOT_VARIABLE = "BIGBATCH_DATA"
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -37,7 +37,7 @@ class SourceFile(NamedTuple):
     size_bytes: int
     modified_ns: int
     format: str
-    """One of TableSource.format, or `hf`, or `stdlib`."""
+    """One of TableSource.format, or `hf`, `stdlib` or `docstrings`."""
     table: TableSource
 
     @property
@@ -101,8 +101,8 @@ def locate(path: str) -> Path:
 
 
 def _files_of(table: TableSource, where: str) -> list[SourceFile]:
-    if table.path == STDLIB:
-        found = [SourceFile(*identify(str(path), where), "stdlib", table) for path in stdlib_files()]
+    if form := PYTHON.get(table.path):
+        found = [SourceFile(*identify(str(path), where), form, table) for path in stdlib_files()]
         found = [file for file in found if file.size_bytes]
     elif table.path.startswith(HUGGING_FACE):
         found = [SourceFile(*hugging_face_files(table.path, where)[1], "hf", table)]
@@ -185,6 +185,7 @@ _OPTIONS = {
     "parquet": {"format", *_ROW_OPTIONS},
     "hf": _ROW_OPTIONS,
     "stdlib": {"constants"},
+    "docstrings": _ROW_OPTIONS,
 }
 
 

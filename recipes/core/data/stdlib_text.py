@@ -30,13 +30,20 @@ def stdlib_documents(path: Path) -> Iterator[str]:
         topics = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
         yield from ast.literal_eval(topics[0]).values()
         return
-    if text := "\n\n".join(_docstrings(tree)):
+    if text := "\n\n".join(docstring for docstring, _ in _docstrings(tree)):
         yield text
 
 
-def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+def stdlib_docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield each docstring of a file, and what it describes: module, class or function."""
+    if tree := _parse(path):
+        yield from _docstrings(tree)
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, str]]:
     if docstring := ast.get_docstring(node):
-        yield docstring
+        kinds = {ast.Module: "module", ast.ClassDef: "class"}
+        yield docstring, kinds.get(type(node), "function")
     for child in node.body:
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from _docstrings(child)

@@ -391,3 +391,12 @@ def test_finding_files_needs_the_base_install_alone(tmp_path):
     assert local_files(TableSource(path=str(tmp_path), format="lines")) == [path, tmp_path / "b.any"]
     assert local_files(str(tmp_path / "none*")) == []
     assert local_files(str(tmp_path / "*.any")) == [Path(tmp_path / "b.any")]
+
+
+def test_docstrings_come_with_what_they_describe():
+    (file,) = [file for file in list_files(("python:docstrings",)) if file.path.endswith("/graphlib.py")]
+    rows = [row.values for row in read_rows(file, {"text": "data.text_columns[0]", "kind": "data.label_column"})]
+    texts = {row["text"].splitlines()[0]: row["kind"] for row in rows}
+    assert texts["Provides functionality to topologically sort a graph of hashable nodes"] == "class"
+    assert texts["Mark the graph as finished and check for cycles in the graph."] == "function"
+    assert sum(row["kind"] == "class" for row in rows) == 2
