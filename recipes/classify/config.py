@@ -25,7 +25,8 @@ class LabeledDataSection(Section):
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Sources of rows: a file, folder or glob (.csv, .tsv, .jsonl, .parquet, also .gz), `hf:NAME[:CONFIG[:SPLIT]]`,
-    `python:docstrings` (columns text and kind), or an object that says how to read one. A relative path is looked for here, then under $BIGBATCH_DATA."""
+    `python:docstrings` (columns text and kind), or an object that says how to read one. A relative path is looked for
+    here, then under $BIGBATCH_DATA."""
     validation: tuple[Source, ...] = ()
     test: tuple[Source, ...] = ()
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
