@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, one_line
+from bigbatch.recipes.core.heartbeat import heartbeat_path, resume_advice
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 20.0  # for the ranks that are left when one has failed: they may wait for it in a collective
@@ -56,6 +57,7 @@ def run_ranks(
     if signals.kill:
         print("stopped without saving; what was saved before stays", file=sys.stderr, flush=True)
     elif failed is not None and failed.process.returncode == EXIT_USER_ERROR:
+        failure_file.unlink(missing_ok=True)  # of a rank that only noticed the other's end
         _tell_user_error(started[0], failed)
     elif failed is not None:
         _tell_failure(_keep_cause(failure_file, failed), failure_file)
@@ -183,6 +185,7 @@ def _wait(started: list[Rank], signals: StopSignals, answer: str, grace_seconds:
             forwarded += 1
         if failed is None and (failed := _first_failed(started, signals.received)):
             _signal_all(started, signal.SIGTERM)
+            _signal_all(started, signal.SIGCONT)  # one that is stopped wakes, and can say where it was
             kill_time = time.monotonic() + grace_seconds
         elif forwarded and kill_time == float("inf") and any(rank.process.poll() is not None for rank in started):
             # Ranks save and leave together; for one that ended before it had joined them, the others wait in vain.
@@ -245,28 +248,36 @@ def _tell_user_error(first: Rank, failed: Rank) -> None:
 
 def _keep_cause(path: Path, rank: Rank) -> dict[str, Any]:
     """Return the digest; write the one that the failed rank could not: another's tells but of the broken connection."""
-    own = _read_digest(path)
-    if own.get("rank") == rank.number or (own and rank.process.returncode > 0):
+    own, status = _read_json(path), rank.process.returncode
+    is_noticed = own.get("rank") == rank.number and "noticed_by" in own  # by a peer, which knows no exit status
+    if own and not is_noticed and (own.get("rank") == rank.number or status > 0):
         return own
-    status = rank.process.returncode
     log = rank.log or path.parent / "log" / "rank0.txt"
     digest: dict[str, Any] = {
         "rank": rank.number,
         "host": socket.gethostname(),
-        "phase": own.get("phase"),
-        "step": own.get("step"),
+        "pid": rank.process.pid,
+        **_place(path.parent, rank, own),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "exit_status": status if status >= 0 else None,
         "signal": signal.Signals(-status).name if status < 0 else None,
         "log_tail": _log_tail(log),
         "what_to_do": _advice(status, log),
-        "echo": own or None,
+        "echo": (own.get("echo") if is_noticed else own) or None,
     }
     with contextlib.suppress(OSError):  # a full disk is likely the failure itself
         path.write_text(json.dumps(digest, indent=2) + "\n")
     return digest
 
 
-def _read_digest(path: Path) -> dict[str, Any]:
+def _place(run_dir: Path, rank: Rank, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return phase and step of a rank's end: those of a peer, which was in step with it, or of its last heartbeat."""
+    beat = _read_json(heartbeat_path(run_dir, rank.number))
+    source = own or (beat if beat.get("pid") == rank.process.pid else {})
+    return {"phase": source.get("phase"), "step": source.get("step")}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):  # none, or its writer was killed over it
@@ -283,14 +294,20 @@ def _log_tail(path: Path) -> list[str]:
 
 
 def _advice(status: int, log: Path) -> str:
+    stacks, go_on = log.with_name(f"stacks_{log.name}"), resume_advice(log.parents[1])
+    if stacks.exists() and stacks.stat().st_size:
+        return f"it stood still: log/{stacks.name} shows where; {go_on}"
     if status == -signal.SIGKILL:
         return (
             "the kernel may have ended it for lack of memory (dmesg | grep -i 'killed process' tells): "
-            "lower batch.micro_size, start fewer ranks, or set model.recompute_activations"
+            f"lower batch.micro_size, start fewer ranks, or set model.recompute_activations; {go_on}"
         )
     if status in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGABRT):
-        return "a crash in compiled code: run `bigbatch doctor`; SIGBUS may mean that /dev/shm or the disk is full"
-    return f"read {f'log/{log.name}' if log.exists() else 'the lines above'}; the same command goes on where it stopped"
+        return (
+            "a crash in compiled code: run `bigbatch doctor`; SIGBUS may mean that /dev/shm or the disk is full; "
+            + go_on
+        )
+    return f"read {f'log/{log.name}' if log.exists() else 'the lines above'}; {go_on}"
 
 
 def _tell_failure(digest: dict[str, Any], path: Path) -> None:

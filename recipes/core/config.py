@@ -214,6 +214,15 @@ class ReportSection(Section):
     tensorboard: bool = True
 
 
+class WatchdogSection(Section):
+    """When to give up on ranks that stand still."""
+
+    limit_seconds: PositiveFloat | None = 1800.0
+    """End all ranks, with their stacks in log/, when one has not moved on for so long; null: never. A step, a batch of
+    an evaluation, a save, and at the start the data, the model and the restoring each begin the count anew: the longest
+    of them has to be shorter."""
+
+
 class RunConfig(Section):
     """A run document; each recipe adds its own sections in a class of its own."""
 
@@ -230,4 +239,5 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
+    watchdog: WatchdogSection = WatchdogSection()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -12,6 +12,7 @@ import pydantic
 from bigbatch.recipes.core import checkpoint, recipe, runtime, train
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError, one_line
 from bigbatch.recipes.core.process import StopFlag, Stopped, raise_on_stop
+from bigbatch.recipes.core.watchdog import watched
 
 
 def run_part(part: str, run_dir: Path, stop: StopFlag) -> int:
@@ -54,9 +55,11 @@ def run_train(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
     """Take part in training as the rank that the environment says."""
     if stop.signal_name:  # nothing to save yet
         return EXIT_REQUEUE
-    mesh = runtime.start_mesh()
-    status = train.train(run, mesh, stop, phase)
-    runtime.leave_mesh(mesh)
+    limit_seconds = run.config.watchdog.limit_seconds
+    with watched(run.run_dir, phase, limit_seconds):
+        mesh = runtime.start_mesh(limit_seconds)
+        status = train.train(run, mesh, stop, phase)
+        runtime.leave_mesh(mesh)
     return status
 
 

@@ -1,26 +1,33 @@
 """A process's start and end: rank facts, device, process group, and a digest when it fails."""
 
 import faulthandler
-import json
 import os
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 
 from bigbatch.recipes.core.engine import import_deepspeed
 from bigbatch.recipes.core.errors import UserError, as_user_error
+from bigbatch.recipes.core.heartbeat import GONE, death_digest, find_dead, resume_advice, this_rank, write_failure
 from bigbatch.recipes.core.parallel import Mesh
 
+MIN_TIMEOUT_SECONDS = 1800.0
+ECHOES = ("connection closed by peer", "connection reset", "broken pipe", "timed out")
 
-def start_mesh() -> Mesh:
-    """Join the process group that the environment describes; alone when it describes none. Collective."""
+
+def start_mesh(watch_seconds: float | None = None) -> Mesh:
+    """Join the process group that the environment describes; alone when it describes none. Collective.
+
+    `watch_seconds` is the watchdog's limit: the library's own, which knows less of the cause, comes well after it.
+    """
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
@@ -33,7 +40,8 @@ def start_mesh() -> Mesh:
     if cuda:
         torch.cuda.set_device(device)
     deepspeed = import_deepspeed()
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    timeout = timedelta(seconds=max(MIN_TIMEOUT_SECONDS, 2 * (watch_seconds or 0.0)))
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timeout)
     return Mesh(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 
@@ -51,7 +59,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def failure_digest(run_dir: Path, phase: dict[str, object]) -> Iterator[None]:
+def failure_digest(run_dir: Path, phase: dict[str, Any]) -> Iterator[None]:
     """Write failure.json if the block raises: which rank and host, in which phase and step, what, and what to do.
 
     `phase` is kept up to date by the block. A UserError passes, and a full disk becomes one: its one line says all.
@@ -64,38 +72,36 @@ def failure_digest(run_dir: Path, phase: dict[str, object]) -> Iterator[None]:
     except Exception as error:
         if mistake := as_user_error(error, str(run_dir)):
             raise mistake from error
-        rank = int(os.environ.get("RANK", "0"))
         digest = {
-            "rank": rank,
+            "rank": this_rank(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **phase,
+            "phase": phase.get("phase"),
+            "step": phase.get("step"),
             "exception": f"{type(error).__name__}: {error}",
             "traceback": traceback.format_exc(),
-            "what_to_do": _advice(error),
+            "what_to_do": _advice(error, run_dir),
         }
-        _write_first(run_dir / "failure.json", digest)
+        if _is_echo(error) and (dead := find_dead(run_dir)):
+            digest = {**death_digest(run_dir, dead, GONE, this_rank(), phase), "echo": digest}
+        if problem := write_failure(run_dir, digest):
+            where = f"{run_dir / 'failure.json'} cannot be written: {problem.strerror}"
+            print(f"error: {digest['exception']} ({where})", file=sys.stderr, flush=True)
         raise
 
 
-def _write_first(path: Path, digest: dict[str, object]) -> None:
-    """Write the digest unless another rank already has: the first failure is the cause, later ones its echo."""
-    try:
-        with path.open("x") as file:
-            json.dump(digest, file, indent=2)
-    except FileExistsError:
-        return
-    except OSError as error:  # a full disk is likely the failure itself
-        print(f"error: {digest['exception']} ({path} cannot be written: {error.strerror})", file=sys.stderr, flush=True)
+def _is_echo(error: Exception) -> bool:
+    """Tell whether an error may be no more than the news of another rank's end."""
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or any(word in text for word in ECHOES)
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: Exception, run_dir: Path) -> str:
     if advice := getattr(error, "advice", ""):
         return advice
     text = str(error).lower()
     if "out of memory" in text or "can't allocate memory" in text:
         return "lower batch.micro_size, set model.recompute_activations, or raise parallel.zero_stage"
-    if "connection closed by peer" in text or "connection reset" in text or "timed out" in text:
-        return "another rank ended first: look at its log/rank*.txt"
-    return "read the traceback; then start the same command again: it goes on from the last checkpoint"
+    if _is_echo(error):
+        return f"another rank ended first: look at its log/rank*.txt; then {resume_advice(run_dir)}"
+    return f"read the traceback; then {resume_advice(run_dir)}"

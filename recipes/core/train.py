@@ -133,7 +133,7 @@ def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[st
         advanced = state.step > restored.step
         if advanced and data.validation and _due(state.step, config.evaluate.every_steps, last_step):
             phase.update(phase="evaluate", step=state.step)
-            state = _judge(session, state, _evaluate_and_sample(session, data.validation, state.step))
+            state = _judge(session, state, _evaluate_and_sample(session, data.validation, phase))
         is_done = state.step >= last_step or _stands_still(config, state)
         ended, is_best = is_done or asked_to_stop, state.best_step == state.step
         if advanced and (ended or is_best or _due(state.step, config.checkpoint.every_steps, last_step)):
@@ -169,10 +169,12 @@ def evaluate(
     facts: dict[str, Any],
     max_samples: int | None = None,
     thorough: bool = False,
+    phase: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the mean loss over a split and the recipe's figures, each sample counted once whatever the ranks.
 
-    `model` is DeepSpeed's engine or a plain module. Collective: every rank must call it.
+    `model` is DeepSpeed's engine or a plain module. In `phase` the watchdog sees each batch. Collective: every rank
+    must call it.
     """
     outputs = further(run.recipe, "outputs") or (lambda model, batch: Outputs(run.recipe.loss(model, batch), {}))
     size = plan_batch(run.config.batch, mesh.data_ranks).micro_size
@@ -182,6 +184,8 @@ def evaluate(
     own: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():
         for ids, batch, counts in _evaluation_batches(samples, size, mesh, max_samples):
+            if phase is not None:
+                phase["evaluated_batches"] = phase.get("evaluated_batches", 0) + 1
             found, arrays = outputs(model, to_device(batch, mesh.device))
             if counts:
                 loss_sum += float(found.sum)
@@ -288,10 +292,11 @@ def _stands_still(config: RunConfig, state: TrainState) -> bool:
     return bool(config.evaluate.patience) and state.evaluations_since_best >= (config.evaluate.patience or 0)
 
 
-def _evaluate_and_sample(session: Session, samples: Samples, step: int) -> dict[str, float]:
+def _evaluate_and_sample(session: Session, samples: Samples, phase: dict[str, Any]) -> dict[str, float]:
     run, mesh, data, engine, reporter, _ = session
-    begin = time.monotonic()
-    figures = evaluate(run, engine.deepspeed, samples, mesh, data.facts, run.config.evaluate.max_samples)
+    begin, step = time.monotonic(), phase["step"]
+    max_samples = run.config.evaluate.max_samples
+    figures = evaluate(run, engine.deepspeed, samples, mesh, data.facts, max_samples, phase=phase)
     del figures["num_targets"]  # the same each time
     reporter.evaluation(step, figures, time.monotonic() - begin)
     begin = time.monotonic()

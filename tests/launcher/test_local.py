@@ -152,11 +152,50 @@ def test_a_rank_that_hangs_after_anothers_failure_is_killed_when_the_grace_is_ov
     assert not any(map(is_alive, ready(pids)))
 
 
+def test_a_stopped_rank_does_not_outlive_anothers_failure(tmp_path, pids):
+    body = f"""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        {READY}
+        if rank == 1:
+            while not pathlib.Path(os.environ['PIDS'], '0').exists(): time.sleep(0.01)
+            time.sleep(0.2)
+            sys.exit(1)
+        while True: os.kill(os.getpid(), signal.SIGSTOP)
+    """
+    assert run_ranks(program(body), 2, tmp_path, grace_seconds=0.5) == 1
+    assert not any(map(is_alive, ready(pids)))
+
+
+def test_a_stopped_rank_is_woken_to_say_where_it_was(tmp_path, pids):
+    body = f"""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        {READY}
+        if rank == 1:
+            while not pathlib.Path(os.environ['PIDS'], '0').exists(): time.sleep(0.01)
+            time.sleep(0.2)
+            sys.exit(1)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        pathlib.Path({str(tmp_path)!r}, "woken").touch()
+    """
+    began = time.monotonic()
+    assert run_ranks(program(body), 2, tmp_path) == 1
+    assert time.monotonic() - began < 15
+    assert (tmp_path / "woken").exists()
+
+
 def test_a_rank_killed_from_outside_gets_a_hint_at_memory(tmp_path, capfd):
-    assert run_ranks(program("os.kill(os.getpid(), signal.SIGKILL)"), 1, tmp_path) == 1
+    beat = '{"pid": %d, "phase": "step", "step": 41}'
+    body = f"""
+        pathlib.Path({str(tmp_path)!r}, "log", "heartbeat_rank0.json").write_text({beat!r} % os.getpid())
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert run_ranks(program(body), 1, tmp_path) == 1
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert (failure["signal"], failure["exit_status"]) == ("SIGKILL", None)
+    assert (failure["phase"], failure["step"]) == ("step", 41)
+    assert not is_alive(failure["pid"])
     assert "memory" in failure["what_to_do"]
+    assert f"bigbatch train {tmp_path}" in failure["what_to_do"]
     assert "SIGKILL" in capfd.readouterr().err
 
 
@@ -187,6 +226,33 @@ def test_a_killed_rank_is_the_cause_though_another_told_of_its_broken_connection
     assert capfd.readouterr().err.startswith("error: rank 1 on ")
 
 
+def test_what_a_peer_told_of_a_killed_rank_is_completed_by_its_signal_and_last_words(tmp_path, capfd):
+    body = f"""
+        if rank == 1:
+            print("the last words", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(0.5)
+        digest = '{{"rank": 1, "noticed_by": 0, "phase": "step", "step": 8, "exception": "?", "echo": {{"rank": 0}}}}'
+        pathlib.Path({str(tmp_path)!r}, "failure.json").write_text(digest)
+        sys.exit(1)
+    """
+    assert run_ranks(program(body), 2, tmp_path) == 1
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["rank"], failure["signal"], failure["phase"], failure["step"]) == (1, "SIGKILL", "step", 8)
+    assert (failure["log_tail"], failure["echo"]) == (["the last words"], {"rank": 0})
+    assert "rank 1 on " in capfd.readouterr().err
+
+
+def test_a_rank_that_was_ended_from_below_python_points_at_its_stacks(tmp_path, capfd):
+    body = f"""
+        pathlib.Path({str(tmp_path)!r}, "log", "stacks_rank0.txt").write_text("Timeout")
+        sys.exit(1)
+    """
+    assert run_ranks(program(body), 1, tmp_path) == 1
+    assert "it stood still: log/stacks_rank0.txt shows where" in capfd.readouterr().err
+
+
 def test_the_digest_of_an_earlier_failure_does_not_outlive_a_good_run(tmp_path):
     run_ranks(program("sys.exit(1)"), 1, tmp_path)
     assert (tmp_path / "failure.json").exists()
@@ -199,8 +265,12 @@ def test_a_users_mistake_found_by_another_rank_reaches_the_terminal(tmp_path, ca
         if rank == 1:
             print("error: data.train: no such file", file=sys.stderr)
             sys.exit(2)
-        time.sleep(60)
-    """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(0.5)
+        digest = '{"rank": 0, "host": "here", "exception": "closed by peer", "what_to_do": "look there"}'
+        pathlib.Path(RUN_DIR, "failure.json").write_text(digest)
+        sys.exit(1)
+    """.replace("RUN_DIR", repr(str(tmp_path)))
     assert run_ranks(program(body), 2, tmp_path) == EXIT_USER_ERROR
     assert capfd.readouterr().err == "error: data.train: no such file\n"
     assert not (tmp_path / "failure.json").exists()

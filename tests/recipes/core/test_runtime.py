@@ -29,6 +29,7 @@ def test_a_digest_says_who_where_when_what_and_what_to_do(tmp_path, monkeypatch)
     trace = digest.pop("traceback")
     assert "raise error" in trace
     assert trace.rstrip().endswith("ValueError: seven is too many")
+    assert digest.pop("launch")
     assert digest == {
         "rank": 3,
         "host": socket.gethostname(),
@@ -36,7 +37,8 @@ def test_a_digest_says_who_where_when_what_and_what_to_do(tmp_path, monkeypatch)
         "phase": "step",
         "step": 41,
         "exception": "ValueError: seven is too many",
-        "what_to_do": "read the traceback; then start the same command again: it goes on from the last checkpoint",
+        "what_to_do": "read the traceback; then start the same command again, "
+        f"or `bigbatch train {tmp_path}`: it goes on from the last checkpoint",
     }
 
 
@@ -52,6 +54,13 @@ def test_the_phase_is_that_of_the_moment_of_the_failure(tmp_path):
 def test_the_first_failure_stays_and_its_echo_does_not_replace_it(tmp_path):
     digest_of(tmp_path, ValueError("the cause"))
     assert digest_of(tmp_path, RuntimeError("connection closed by peer"))["exception"] == "ValueError: the cause"
+
+
+def test_the_digest_of_an_earlier_launch_gives_way_to_this_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    digest_of(tmp_path, ValueError("the first time"))
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    assert digest_of(tmp_path, ValueError("the second"))["exception"] == "ValueError: the second"
 
 
 def test_a_users_mistake_and_an_orderly_end_leave_no_digest(tmp_path):
