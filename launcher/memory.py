@@ -1,0 +1,276 @@
+"""Predict the memory of a rank under a plan: what it keeps, and the most it holds at once. No torch.
+
+Letters: D hidden size, I inner size, H heads, K E heads of keys and values times their size, T tokens of a row,
+V rows of the vocabulary. Sizes are of our own models under DeepSpeed 0.19.8: checked against what ranks on a CPU held
+(tests/golden/memory.json), the activations also against what autograd keeps.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from bigbatch.launcher.predict import checkpoint_bytes
+from bigbatch.recipes.core.config import OptimizerSection
+from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, padded_vocabulary
+from bigbatch.recipes.core.plan import ParallelPlan
+
+ERROR_BOUND = 0.1
+"""Largest error of the tensors' part against the measured peaks; of the framework's part nothing is measured."""
+FRAMEWORK_BYTES = 1.5 * 2**30
+"""Assumed for a GPU: CUDA's context, the libraries' work space and NCCL's buffers."""
+CPU_FRAMEWORK_BYTES = 0.7 * 2**30
+"""Resident size of a process that has imported PyTorch and DeepSpeed."""
+WORKING_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+STAGE_0_BUCKET = 500_000_000
+"""Elements of gradient that DeepSpeed averages at once at stage 0 (MEMORY_OPT_ALLREDUCE_SIZE)."""
+CHUNK_BYTES, CPU_CHUNK_ROWS, CPU_BLOCK_BYTES = 2**28, 1024, 2**20  # of recipes/core/loss.py, which imports torch
+SHORT_TOKENS = 512  # on a CPU, recipes/core/layers.py keeps the probabilities of rows this short
+
+
+class Workload(NamedTuple):
+    """What a run computes, whatever its plan."""
+
+    model: DecoderSection | EncoderSection
+    vocabulary_size: int
+    sequence_length: int
+    dtype: str
+    optimizer: OptimizerSection
+    target_fraction: float = 1.0
+    """Of the tokens: those whose logits are made."""
+    has_mask: bool = False
+    """Attention gets a mask of [T, T] a row."""
+    on_cpu: bool = False
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of a weight, a gradient or an activation."""
+        return WORKING_BYTES[self.dtype]
+
+
+class Memory(NamedTuple):
+    """Bytes that a rank holds at the moment of its peak."""
+
+    phase: str
+    """loss, backward, reduce or step: when that moment is."""
+    weights: float
+    gradients: float
+    masters: float
+    optimizer: float
+    activations: float
+    logits: float
+    """Of the loss: a chunk of logits with its statistics, and the gradients made with it."""
+    buffers: float
+    """For communication: buckets of gradients, gathered weights, flattened copies."""
+    framework: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self[1:])
+
+
+class States(NamedTuple):
+    """Bytes that a rank keeps of a model's states."""
+
+    weights: float
+    gradients: float
+    masters: float
+    optimizer: float
+
+
+def predict_memory(work: Workload, plan: ParallelPlan, zero: dict[str, Any], recompute: bool) -> Memory:
+    """Predict the peak of the rank that holds most; `zero` is a DeepSpeed document's zero_optimization."""
+    stages = {0, plan.pipeline - 1}  # the first has most micro-batches in flight, the last makes the loss
+    peaks = [peak for stage in stages for peak in _peaks(work, plan, zero, recompute, stage)]
+    return max(peaks, key=lambda peak: peak.total)
+
+
+def model_states(parameters: float, zero_stage: int, ranks: int, working_bytes: int, moment_bytes: float) -> States:
+    """Return what ZeRO leaves on each of `ranks` (https://arxiv.org/abs/1910.02054, section 3 and figure 1).
+
+    In float32 the weights are their own masters at stage 0; at the others DeepSpeed keeps a copy.
+    """
+    whole = parameters * working_bytes
+    shared = [1 if zero_stage < stage else ranks for stage in (3, 2, 1)]  # weights, gradients, the rest
+    has_masters = working_bytes < 4 or zero_stage > 0
+    return States(
+        whole / shared[0],
+        whole / shared[1],
+        4 * parameters / shared[2] * has_masters,
+        moment_bytes * parameters / shared[2],
+    )
+
+
+def rank_parameters(
+    model: DecoderSection | EncoderSection, vocabulary_size: int, plan: ParallelPlan, stage: int
+) -> int:
+    """Count the parameters of a rank in a pipeline stage; norms and the biases of row-parallel layers are never cut."""
+    tensor, hidden = plan.tensor, model.hidden_size
+    split, whole = _layer_parameters(model)
+    count = model.num_layers // plan.pipeline * (split // tensor + whole)
+    rows = padded_vocabulary(vocabulary_size, model) // tensor
+    is_first, is_last = stage == 0, stage == plan.pipeline - 1
+    if isinstance(model, EncoderSection):
+        positions = model.max_positions if model.positions == "absolute" else 0
+        embedding = (rows + positions + model.num_segments + 2) * hidden  # 2: the norm, wherever it stands
+        head = hidden * hidden + 3 * hidden + rows
+        is_tied = True
+    else:
+        positions = model.max_positions if model.family == "gpt2" else 0
+        embedding = (rows + positions) * hidden
+        head = (2 if model.family == "gpt2" else 1) * hidden
+        is_tied = model.tie_embeddings
+    own_table = is_last and not (is_tied and is_first)
+    return count + is_first * embedding + is_last * head + own_table * rows * hidden
+
+
+def layer_activation_bytes(work: Workload, plan: ParallelPlan) -> float:
+    """Return what autograd keeps of one layer for each token of the rank's rows.
+
+    For GPT-2 with dropout it is 34 D (https://arxiv.org/abs/2205.05198, section 4, without the 5 H T of attention that
+    flash attention does not keep), under tensor parallelism (10 + 24 / t) D; other layers are counted alike.
+    """
+    model, size = work.model, work.working_bytes
+    hidden, inner, tensor = model.hidden_size, model.inner_size, plan.tensor
+    masks = 2 * hidden if model.dropout else 0
+    if isinstance(model, DecoderSection) and model.family == "llama":
+        key_value = model.head_size * model.key_value_heads
+        # RMSNorm keeps its input in float32, the normed values and the result; in float32 the same three tensors.
+        whole = 2 * hidden * (12 if size == 4 else 8)
+        turned = 0 if _is_short(work) else hidden + key_value  # beside the projections, which the values keep alive
+        split = size * (hidden + 2 * key_value + turned + hidden + 4 * inner)
+    else:
+        whole = 4 * hidden * size
+        is_rotary = isinstance(model, EncoderSection) and model.positions == "rotary"
+        turned = 2 * hidden if is_rotary and not _is_short(work) else 0
+        split = size * (4 * hidden + turned + 2 * inner)
+    return whole + masks + (split + _probabilities(work)) / tensor
+
+
+def _layer_parameters(model: DecoderSection | EncoderSection) -> tuple[int, int]:
+    """Count a layer's parameters: those that tensor parallelism cuts, and the others."""
+    hidden, inner = model.hidden_size, model.inner_size
+    if isinstance(model, DecoderSection) and model.family == "llama":
+        key_value = model.head_size * model.key_value_heads
+        return 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner, 2 * hidden
+    return 4 * hidden * hidden + 2 * hidden * inner + 3 * hidden + inner, 6 * hidden
+
+
+def _is_short(work: Workload) -> bool:
+    is_short = work.sequence_length <= SHORT_TOKENS and not work.model.dropout
+    return work.on_cpu and is_short and work.dtype == "bf16"
+
+
+def _probabilities(work: Workload) -> float:
+    """Return the bytes of attention scores kept a token: on a CPU, where flash attention is not used for all rows."""
+    scores = work.model.num_heads * work.sequence_length
+    if _is_short(work):
+        return scores * work.working_bytes
+    # With dropout, in float32: the probabilities, which of them stay, and these; and queries and keys, scaled.
+    return 12 * scores + 8 * work.model.hidden_size if work.on_cpu and work.model.dropout else 0
+
+
+def _peaks(work: Workload, plan: ParallelPlan, zero: dict[str, Any], recompute: bool, stage: int) -> Iterator[Memory]:
+    """Yield what a rank of a pipeline stage holds at each moment that may be its peak."""
+    size, ranks, zero_stage = work.working_bytes, plan.zero_ranks, plan.zero_stage
+    parameters = rank_parameters(work.model, work.vocabulary_size, plan, stage)
+    moments = checkpoint_bytes(1, work.optimizer) - 4
+    if work.optimizer.name == "adamw_8bit":
+        moments /= 4
+    states = model_states(parameters, zero_stage, ranks, size, moments)
+    weights, _, masters, optimizer = _on_device(states, zero)
+    framework = CPU_FRAMEWORK_BYTES if work.on_cpu else FRAMEWORK_BYTES
+    kept, bucket = _gradients_before(plan, states), _bucket_bytes(plan, zero, size)
+    persistent = bucket if zero_stage == 3 or (zero_stage == 1 and plan.accumulation_steps > 1) else 0
+    gathered = _gathered_bytes(work, plan, zero, parameters)
+    activations, layer = _activation_bytes(work, plan, recompute, stage)
+    is_last = stage == plan.pipeline - 1
+    loss, loss_kept = _loss_bytes(work, plan) if is_last else (0, 0)
+    yield Memory("loss", weights, kept, masters, optimizer, activations, loss, persistent + gathered, framework)
+    yield Memory(
+        "backward", weights, kept, masters, optimizer, activations + layer, loss_kept, bucket + gathered, framework
+    )
+    if zero_stage in (1, 2):  # the first gradients are reduced into a buffer of the rank's own ones
+        own = size * parameters / ranks
+        yield Memory("reduce", weights, kept + own, masters, optimizer, activations + layer, 0, bucket, framework)
+    gradients, copies = _step_bytes(plan, zero, states, parameters, size)
+    yield Memory("step", weights, gradients, masters, optimizer, 0, 0, copies, framework)
+
+
+def _on_device(states: States, zero: dict[str, Any]) -> States:
+    """Leave out what the DeepSpeed document offloads."""
+    if zero.get("offload_optimizer"):
+        states = states._replace(masters=0, optimizer=0)
+    return states._replace(weights=0) if zero.get("offload_param") else states
+
+
+def _gradients_before(plan: ParallelPlan, states: States) -> float:
+    """Return the gradients that are there before the last micro-batch; stage 3 has a place for its own throughout."""
+    return states.gradients if plan.accumulation_steps > 1 or plan.zero_stage == 3 else 0
+
+
+def _bucket_bytes(plan: ParallelPlan, zero: dict[str, Any], size: int) -> float:
+    if plan.zero_stage == 0:
+        return 0
+    count = 2 if plan.zero_stage < 3 and zero.get("overlap_comm") else 1
+    return count * size * zero.get("reduce_bucket_size", 500_000_000)
+
+
+def _gathered_bytes(work: Workload, plan: ParallelPlan, zero: dict[str, Any], parameters: int) -> float:
+    """Return the whole weights that stage 3 has at hand in the middle of a step: those it will need again soon."""
+    if plan.zero_stage < 3:
+        return 0
+    model = work.model
+    table = padded_vocabulary(work.vocabulary_size, model) // plan.tensor * model.hidden_size
+    layer = sum(_layer_parameters(model))
+    live = max(table, layer, zero.get("stage3_max_live_parameters", 1_000_000_000))
+    return work.working_bytes * min(parameters, live)
+
+
+def _activation_bytes(work: Workload, plan: ParallelPlan, recompute: bool, stage: int) -> tuple[float, float]:
+    """Return what autograd keeps of all micro-batches in flight, and what recomputing one layer adds."""
+    tokens = plan.micro_size * work.sequence_length / plan.sequence
+    model, size = work.model, work.working_bytes
+    layers = model.num_layers // plan.pipeline
+    # One forward, one backward: stage i has p - i micro-batches in flight (https://arxiv.org/abs/2104.04473, 2.2).
+    in_flight = min(plan.pipeline - stage, plan.accumulation_steps)
+    layer = tokens * layer_activation_bytes(work, plan)
+    kept = tokens * layers * model.hidden_size * size if recompute else layers * layer
+    last_norm = 0.0
+    if stage == plan.pipeline - 1:
+        is_rms = isinstance(model, DecoderSection) and model.family == "llama"
+        norm = 12 if is_rms and size == 4 else 8 if is_rms else 2 * size
+        # With the gradient of the last hidden states, which the loss makes.
+        last_norm = tokens * work.target_fraction * model.hidden_size * (norm + size)
+    mask = plan.micro_size * work.sequence_length**2 * size if work.has_mask else 0
+    return in_flight * (kept + mask) + last_norm, layer if recompute else 0
+
+
+def _loss_bytes(work: Workload, plan: ParallelPlan) -> tuple[float, float]:
+    """Return the most that the chunked cross-entropy holds, and what it leaves for the backward pass."""
+    size = work.working_bytes
+    columns = padded_vocabulary(work.vocabulary_size, work.model) // plan.tensor
+    rows = plan.micro_size * work.sequence_length / plan.sequence * work.target_fraction
+    most = max(1, CHUNK_BYTES // (columns * size))
+    chunk = min(rows, most, CPU_CHUNK_ROWS if work.on_cpu else most)
+    statistics = min(chunk * columns * 4, CPU_BLOCK_BYTES if work.on_cpu else chunk * columns * 4)
+    gradient = columns * work.model.hidden_size
+    # The product of a chunk, before it is added up in float32.
+    product = gradient * size if chunk < rows or size < 4 else 0
+    return chunk * columns * size + max(statistics, product) + 4 * gradient, (4 + size) * gradient
+
+
+def _step_bytes(
+    plan: ParallelPlan, zero: dict[str, Any], states: States, parameters: int, size: int
+) -> tuple[float, float]:
+    """Return gradients and copies of them while the optimizer steps: flattened, and in float32."""
+    ranks, in_float = plan.zero_ranks, 0 if size == 4 else 4
+    if plan.zero_stage == 0:
+        flat = size * min(parameters, STAGE_0_BUCKET) if ranks > 1 else 0
+        return states.gradients, max(in_float * parameters, flat)
+    if zero.get("offload_optimizer"):
+        return states.gradients, 0
+    share = parameters / ranks
+    if plan.zero_stage == 3:
+        share = min(share, zero.get("sub_group_size", 1_000_000_000))
+    own = size * parameters / ranks  # those of other ranks are dropped first
+    return own, max(states.gradients - own, share * (size + in_float))
