@@ -37,6 +37,7 @@ standard error, results to standard output. Exit status: 0 done; 2 a mistake in 
 75 stopped and saved, the same command goes on; 1 anything else."""
 
 ENDING_PREPARE = "ending; what is prepared stays"
+BENCH_RUNS = {"train": "gpt/bench", "checkpoint": "gpt/124m"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,18 +175,21 @@ def evaluate(run_dir: Path, split: str) -> int:
     return run_ranks(worker_command(f"evaluate:{split}", run_dir), 1, run_dir, answer="ending")
 
 
-def bench(what: str, bench_run: str, overrides: list[str], rounds: int, steps: int, as_json: bool) -> int:
-    """Measure training against other trainers on this machine, in turns, on the same model and data."""
+def bench(what: str, bench_run: str | None, overrides: list[str], rounds: int, steps: int, as_json: bool) -> int:
+    """Measure training against other trainers, or saves against DeepSpeed's, on this machine, in turns."""
     from bigbatch.launcher.local import run_ranks, worker_command
     from bigbatch.launcher.run_dir import RunDir, write
     from bigbatch.recipes.core.engine_config import complete
 
     _need_train_extra()
-    resolved = _resolve(bench_run, overrides)
-    _refuse_errors(resolved, 1)
+    resolved = _resolve(bench_run or BENCH_RUNS[what], overrides)
+    if what == "train":
+        _refuse_errors(resolved, 1)
     with _passing_folder("bench") as run_dir:
         deepspeed = complete(resolved.config, resolved.deepspeed, 1)
         write(RunDir(run_dir), resolved.document, deepspeed, resolved.content_id)
+        if what == "checkpoint":  # its data need not be there
+            return importlib.import_module("bigbatch.tools.bench_checkpoint").bench_checkpoint(run_dir, rounds, as_json)
         status = run_ranks(worker_command("prepare", run_dir), 1, run_dir, answer=ENDING_PREPARE)
         if status != EXIT_DONE:
             return status
@@ -225,7 +229,7 @@ VERBS = {
 TOOLS = {
     "generate": ("generate", "Generate text with a model."),
     "predict": ("predict", "Tell of which kind texts are: label and probability."),
-    "checkpoint": ("inspect", "List (ls) or verify the checkpoints of a run."),
+    "checkpoint": ("inspect", "List (ls), verify, compare (diff) or remove (gc) checkpoints."),
     "convert": ("convert", "Turn a run's checkpoint into a Hugging Face folder, compared before it counts as done."),
     "import-deepspeed": ("import_deepspeed", "Turn a checkpoint of DeepSpeed's own into a safetensors folder."),
     "report": ("report", "Write one HTML page about one run or several."),
@@ -243,10 +247,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN | RUN_DIR", "help": "name or path of a run document, or a run folder"},
     "run_dir": {"metavar": "RUN_DIR", "type": Path, "help": "folder of a run"},
     "--ranks": {"type": _positive, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
-    "what": {"choices": ("train",), "help": "what to measure"},
-    "bench_run": {"metavar": "RUN", "nargs": "?", "default": "gpt/bench", "help": "default: gpt/bench"},
-    "--rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns of each trainer (default 5)"},
-    "--steps": {"type": _positive, "metavar": "N", "default": 4, "help": "steps a turn (default 4)"},
+    "what": {"choices": tuple(BENCH_RUNS), "help": "what to measure"},
+    "bench_run": {"metavar": "RUN", "nargs": "?", "help": "default: gpt/bench; for checkpoint gpt/124m"},
+    "--rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns of each (default 5)"},
+    "--steps": {"type": _positive, "metavar": "N", "default": 4, "help": "train: steps a turn (default 4)"},
     "--run-dir": {"type": Path, "metavar": "D", "help": "folder of the run (default: a new one under runs/)"},
     "--set": {
         "action": "append",

@@ -1,7 +1,11 @@
-"""`bigbatch checkpoint ls | verify RUN_DIR`: what there is, and whether it is whole."""
+"""`bigbatch checkpoint ls | verify | gc RUN_DIR`, `diff A B`: what there is, whether it is whole, what may go."""
 
+import argparse
+import fcntl
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +13,70 @@ from rich.console import Console
 from rich.table import Table
 
 from bigbatch.recipes.core.arguments import Parser
-from bigbatch.recipes.core.checkpoint import CheckpointDamagedError, Reader, checkpoint_dirs, step_of
+from bigbatch.recipes.core.checkpoint import (
+    MANIFEST,
+    CheckpointDamagedError,
+    Reader,
+    checkpoint_dirs,
+    clear,
+    committed,
+    newest,
+    retired,
+    step_of,
+)
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
+from bigbatch.tools.checkpoint_diff import diff
 
 EXIT_DAMAGED = 1
+LOCK = "run.lock"  # what a run in progress holds
 
 
 def main(argv: list[str]) -> int:
     """Run the verb `checkpoint`."""
-    parser = Parser(prog="bigbatch checkpoint", description="List or verify a run's checkpoints.")
-    parser.add_argument("action", choices=("ls", "verify"))
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
+    if arguments.action == "diff":
+        return diff(arguments.a, arguments.b, arguments.json)
+    if arguments.action == "gc":
+        rows = gc(arguments.run_dir, arguments.keep, arguments.keep_every, arguments.dry_run)
+        print(json.dumps(rows, indent=2)) if arguments.json else _print_removed(rows, arguments.dry_run)
+        return EXIT_DONE
     rows = ls(arguments.run_dir) if arguments.action == "ls" else verify(arguments.run_dir)
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
         _print_table(rows, "whole" if arguments.action == "verify" else "committed")
     return EXIT_DAMAGED if arguments.action == "verify" and any(row["problem"] for row in rows) else EXIT_DONE
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="bigbatch checkpoint", description="Look at the checkpoints of runs, or remove some.")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    summaries = {
+        "ls": "list a run's checkpoints",
+        "verify": "read every byte of them; exit with 1 if any is damaged",
+        "gc": "remove what interrupted saves left, and all but the newest, the best and the permanent ones",
+        "diff": "tell which tensors of two checkpoints differ, and by how much; exit with 1 if any does",
+    }
+    for name, summary in summaries.items():
+        action = actions.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        if name == "diff":
+            for side in ("a", "b"):
+                action.add_argument(side, type=Path, metavar=side.upper(), help="a run folder or a checkpoint in one")
+        else:
+            action.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+        action.add_argument("--json", action="store_true", help="print JSON")
+        if name == "gc":
+            action.add_argument("--keep", type=_positive, metavar="N", help="default: the run's checkpoint.keep")
+            every = "the permanent ones: of steps that N divides; default: the run's checkpoint.keep_every_steps"
+            action.add_argument("--keep-every", type=_positive, metavar="N", help=every)
+            action.add_argument("--dry-run", action="store_true", help="only say what would go")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; right is a number from 1 on")
+    return int(text)
 
 
 def ls(run_dir: Path) -> list[dict[str, Any]]:
@@ -38,6 +87,53 @@ def ls(run_dir: Path) -> list[dict[str, Any]]:
 def verify(run_dir: Path) -> list[dict[str, Any]]:
     """Describe each checkpoint folder after reading every byte of it; `problem` says what is wrong."""
     return [_describe(folder, verify_shards=True) for folder in _folders(run_dir)]
+
+
+def gc(
+    run_dir: Path, keep: int | None = None, keep_every: int | None = None, dry_run: bool = False
+) -> list[dict[str, Any]]:
+    """Apply a run's retention, or a stricter or wider one; return what went, with its bytes and why.
+
+    The newest sound checkpoint and the best by `evaluate.best_by` always stay, and what is newer than the newest sound
+    one and does not verify is left to look at. Raise UserError, and remove nothing, where a run is in progress or no
+    checkpoint verifies.
+    """
+    _folders(run_dir)
+    with _held(run_dir):
+        settings = json.loads((run_dir / "run.json").read_text())["checkpoint"]
+        keep = keep or int(settings["keep"])
+        keep_every = keep_every or settings["keep_every_steps"]
+        step = best_step = 0
+        if committed(run_dir):
+            reader = newest(run_dir)
+            step, best_step = step_of(reader.folder), reader.manifest.get("best_step", 0)
+        rows = []
+        for folder in retired(run_dir, keep, keep_every, step, best_step):
+            why = "retention" if (folder / MANIFEST).exists() else "interrupted save"
+            num_bytes = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+            rows.append({"checkpoint": folder.name, "step": step_of(folder), "bytes": num_bytes, "why": why})
+            if not dry_run:
+                clear(folder)
+    return rows
+
+
+@contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    """Keep runs out of the folder, in whose eyes a save in progress is no debris."""
+    with (run_dir / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = "a run is in progress here, and keeps to its own retention; wait until it has ended"
+            raise UserError(str(run_dir), message) from None
+        yield
+
+
+def _print_removed(rows: list[dict[str, Any]], dry_run: bool) -> None:
+    for row in rows:
+        print(f"{row['checkpoint']}  {row['bytes'] / 1e6:,.1f} MB  {row['why']}")
+    total = sum(row["bytes"] for row in rows)
+    print(f"{'would be' if dry_run else 'were'} removed: {len(rows)}, {total / 1e6:,.1f} MB ({total:,} bytes)")
 
 
 def _folders(run_dir: Path) -> list[Path]:

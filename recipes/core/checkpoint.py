@@ -90,7 +90,7 @@ def write(
     agreed = _Agreed(first_text, folder, mesh.is_writer)
     with agreed:
         if mesh.is_writer:
-            _clear(folder)
+            clear(folder)
             folder.mkdir(parents=True)
     with agreed:
         shard = f"rank_{mesh.rank:05d}.safetensors"
@@ -171,21 +171,25 @@ def _manifest_hash(manifest: dict[str, Any]) -> str:
 
 
 def _apply_retention(run_dir: Path, config: RunConfig, newest_step: int, best_step: int) -> None:
-    """Remove what interrupted saves left, and all but the newest `keep`, the best and the permanent checkpoints.
+    settings = config.checkpoint
+    for folder in retired(run_dir, settings.keep, settings.keep_every_steps, newest_step, best_step):
+        clear(folder)
 
-    Those of later steps than the one just saved do not count: they did not verify when the run went on without them.
+
+def retired(run_dir: Path, keep: int, keep_every_steps: int | None, newest_step: int, best_step: int = 0) -> list[Path]:
+    """List what interrupted saves left, and all but the newest `keep`, the best and the permanent checkpoints.
+
+    Those of later steps than the newest sound one do not count: they did not verify when the run went on without them.
     """
-    every = config.checkpoint.keep_every_steps
     whole = committed(run_dir)
     debris = [folder for folder in checkpoint_dirs(run_dir) if folder not in whole]
     counted = [folder for folder in whole if step_of(folder) <= newest_step]
-    surplus = [folder for folder in counted[config.checkpoint.keep :] if not every or step_of(folder) % every]
-    for folder in debris + [folder for folder in surplus if step_of(folder) != best_step]:
-        _clear(folder)
+    surplus = [folder for folder in counted[keep:] if not keep_every_steps or step_of(folder) % keep_every_steps]
+    return debris + [folder for folder in surplus if step_of(folder) != best_step]
 
 
-def _clear(folder: Path) -> None:
-    """Remove a folder, its manifest first, so that none is half there."""
+def clear(folder: Path) -> None:
+    """Remove a checkpoint, its manifest first, so that none is half there."""
     if folder.exists():
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)

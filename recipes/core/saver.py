@@ -115,7 +115,8 @@ class Saver:
         begin = time.perf_counter()
         folder, end = under_way.outcome.result()
         stall_seconds = under_way.stall_seconds + time.perf_counter() - begin
-        self._tell(Saved(under_way.step, folder, stall_seconds, end - under_way.begin))
+        # A thread that waits wakes up a little after the commit.
+        self._tell(Saved(under_way.step, folder, stall_seconds, max(end - under_way.begin, stall_seconds)))
 
     def _snapshot(self) -> list[Part]:
         """Copy what this rank writes into host memory that stays for the next time; pinned where a GPU copies."""

@@ -9,6 +9,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,16 +22,19 @@ from forked_ranks import import_everything, run_forked
 from torch import nn
 from toy import Toy, loss, make_config
 
-from bigbatch.recipes.core import checkpoint, runtime
+from bigbatch.recipes.core import checkpoint, runtime, tensor_file
 from bigbatch.recipes.core.engine import Engine
 from bigbatch.recipes.core.engine_config import complete
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.saver import Saved, Saver
+from bigbatch.recipes.core.tensor_file import hash_file
 
 PAGE = 4096
+SHARDS = ("rank_00000.safetensors", "rank_00001.safetensors")
 
 
-def make_engine(mesh: Mesh, model: nn.Module | None = None, **checkpoint_settings: int) -> Engine:
+def make_engine(mesh: Mesh, model: nn.Module | None = None, **checkpoint_settings: Any) -> Engine:
     """Wrap a toy."""
     config = make_config({"parallel": {"zero_stage": 1}, "checkpoint": {"keep": 2, **checkpoint_settings}})
     torch.manual_seed(0)
@@ -113,6 +118,38 @@ def plant_pickles(folder: Path, _: str) -> None:
         (folder / name).write_bytes(pickle.dumps(Trap()))
 
 
+def pickle_for_shard(folder: Path, shard: str, as_torch: bool = False) -> None:
+    """Put a pickle in the place of a shard, with a manifest that vouches for it."""
+    if as_torch:
+        torch.save(Trap(), folder / shard)
+    else:
+        (folder / shard).write_bytes(pickle.dumps(Trap()))
+    vouch(folder, shard, shard)
+
+
+def pickle_by_name(folder: Path, shard: str) -> None:
+    """Have the manifest name a pickle in place of a shard."""
+    torch.save(Trap(), folder / "mp_rank_00_model_states.pt")
+    vouch(folder, shard, "mp_rank_00_model_states.pt")
+
+
+def header_of_a_pickle(folder: Path, shard: str) -> None:
+    """Make the header, which is JSON in a sound shard, a pickle."""
+    header = pickle.dumps(Trap())
+    (folder / shard).write_bytes(len(header).to_bytes(8, "little") + header)
+    vouch(folder, shard, shard)
+
+
+def vouch(folder: Path, shard: str, name: str) -> None:
+    """Write a file into the manifest in place of a shard, with its true size and hash."""
+    path = folder / "manifest.json"
+    file = {"name": name, "bytes": (folder / name).stat().st_size, "xxh3_128": hash_file(folder / name)}
+    manifest = json.loads(path.read_text().replace(json.dumps(shard), json.dumps(name)))
+    manifest["files"] = [file if old["name"] == name else old for old in manifest["files"]]
+    manifest["xxh3_128"] = checkpoint._manifest_hash(manifest)
+    path.write_text(json.dumps(manifest))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path, str], None], str]] = {
     "truncated_shard": (truncate, "rank_00000.safetensors"),
     "flipped_bit": (flip_bit, "rank_00000.safetensors"),
@@ -123,6 +160,10 @@ DAMAGES: dict[str, tuple[Callable[[Path, str], None], str]] = {
     "empty_manifest": (empty_manifest, ""),
     "no_manifest": (remove_manifest, ""),
     "pickles": (plant_pickles, ""),
+    "pickle_for_shard": (pickle_for_shard, "rank_00000.safetensors"),
+    "torch_pickle_for_shard": (partial(pickle_for_shard, as_torch=True), "LAST"),
+    "pickle_by_name": (pickle_by_name, "LAST"),
+    "header_of_a_pickle": (header_of_a_pickle, "rank_00000.safetensors"),
 }
 
 
@@ -280,6 +321,100 @@ def file_in_the_way(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
     return failing_save(run_dir, engine, mesh, fresh)
 
 
+def behind(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
+    """Save behind a step, though the disk stands still meanwhile; save again; save waited for. Restore each."""
+    told: list[Saved] = []
+    weights, restored_weights = [], []
+    engine = make_engine(mesh, keep=9)
+    first = checkpoint.checkpoint_dir(run_dir, 3)
+    disk_moves, real_write = threading.Event(), tensor_file._write_all
+
+    def write(file: Any, chunk: memoryview) -> None:
+        disk_moves.wait(60)
+        real_write(file, chunk)
+
+    tensor_file._write_all = write
+    with Saver(run_dir, engine, mesh, told.append) as saver:
+        for step in (3, 4):
+            weights.append(weight_sum(engine, mesh))
+            saver.save({"step": step})
+            there = [saver.has_failed, (first / checkpoint.MANIFEST).exists()]
+            take_step(engine, mesh, step)
+            if step == 3:
+                there_first = there
+                threading.Timer(0.2, disk_moves.set).start()
+    tensor_file._write_all = real_write
+    engine = make_engine(mesh, keep=9, asynchronous=False)
+    with Saver(run_dir, engine, mesh, told.append) as saver:
+        take_step(engine, mesh, 9)
+        weights.append(weight_sum(engine, mesh))
+        saver.save({"step": 5})
+    for step in (5, 4, 3):
+        restored_weights.insert(0, restored(run_dir, engine, mesh)["weights"])
+        in_turn(mesh, lambda step=step: checkpoint.clear(checkpoint.checkpoint_dir(run_dir, step)))
+    return {
+        "told": [[saved.step, saved.folder.name] for saved in told],
+        "in_order": all(saved.whole_seconds >= saved.stall_seconds > 0 for saved in told),
+        "waited": told[0].stall_seconds > 0.1,
+        "after_first_save": there_first,
+        "after_second_save": there,
+        "weights": weights,
+        "restored": restored_weights,
+    }
+
+
+def failing_behind(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
+    """Save behind where a file stands in the way; see it failed without asking, then be told, then save elsewhere."""
+    in_turn(mesh, lambda: checkpoint.checkpoint_dir(run_dir, 3).write_text("in the way"))
+    engine = make_engine(mesh)
+    told: list[Saved] = []
+    refusal, began = "", time.monotonic()
+    with Saver(run_dir, engine, mesh, told.append) as saver:
+        saver.save({"step": 3})
+        while not saver.has_failed and time.monotonic() - began < 60:
+            saver.poll()
+            time.sleep(0.01)
+        seen = saver.has_failed
+        try:
+            saver.save({"step": 4})
+        except UserError as error:
+            refusal = str(error)
+        saver.save({"step": 5})
+    return {"seen": seen, "refusal": refusal, "told": [saved.step for saved in told]}
+
+
+def failing_run(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
+    """Let a run fail of its own while a save is under way: the save is committed all the same."""
+    engine = make_engine(mesh)
+    told: list[Saved] = []
+    try:
+        with Saver(run_dir, engine, mesh, told.append) as saver:
+            saver.save({"step": 3})
+            raise ArithmeticError("of its own")
+    except ArithmeticError as error:
+        reason = str(error)
+    return {
+        "reason": reason,
+        "told": [saved.step for saved in told],
+        "step": checkpoint.newest(run_dir).manifest["step"],
+    }
+
+
+def opens(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
+    """Count how often a restore opens each shard."""
+    opened: list[str] = []
+    is_counting = [True]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and is_counting and str(arguments[0]).endswith(".safetensors"):
+            opened.append(Path(arguments[0]).name)
+
+    sys.addaudithook(hook)
+    result = restored(run_dir, make_engine(mesh), mesh)
+    is_counting.clear()
+    return {"step": result["step"], "most": int(max(mesh.sum(*(float(opened.count(name)) for name in SHARDS))))}
+
+
 def scenarios() -> dict[str, Callable[[Path, Mesh], dict[str, Any]]]:
     """Return all by name."""
     return {
@@ -293,6 +428,10 @@ def scenarios() -> dict[str, Callable[[Path, Mesh], dict[str, Any]]]:
         "read_only": partial(on_small_disk, read_only),
         "file_size_limit": limited,
         "file_in_the_way": file_in_the_way,
+        "behind": behind,
+        "failing_behind": failing_behind,
+        "failing_run": failing_run,
+        "opens": opens,
     }
 
 

@@ -1,9 +1,10 @@
 """Kill a save at each of its operations and restore from what is left: `kill_walk.py OUT`.
 
-Checkpoint A (step 1) is there, and a damaged one of step 2. A process saves B (step 2), of which retention then keeps
-B alone, and kills itself before its n-th operation, for every n: an operation is an opening for writing, a chunk
-written (half of it, then), an fsync, a rename, an unlink, a mkdir or rmdir. Another process restores from the debris as
-it is, and as a power cut might leave it: what was not synced is lost. Then one of two ranks dies in a save.
+Checkpoint A (step 1) is there, and a damaged one of step 2. A process saves B (step 2) behind its next steps, of which
+retention then keeps B alone, and kills itself before its n-th operation, for every n: an operation is an opening for
+writing, a chunk written (half of it, then), an fsync, a rename, an unlink, a mkdir or rmdir. Another process restores
+from the debris as it is, and as a power cut might leave it: what was not synced is lost. A save that is waited for does
+the same operations in the same order, so the walk is one for both. Then one of two ranks dies in a save.
 OUT/result.json has a row for each operation, and what became of the two ranks.
 """
 
@@ -22,6 +23,7 @@ from checkpoint_faults import flip_bit, make_engine, take_step
 from forked_ranks import import_everything, run_forked
 
 from bigbatch.recipes.core import checkpoint, runtime, tensor_file
+from bigbatch.recipes.core.saver import Saver
 
 SHARD = "rank_00000.safetensors"
 CREATES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -127,23 +129,36 @@ def prepare(out: Path) -> None:
 
 
 def save_and_die(out: Path, kill_at: int) -> None:
-    """Go on from A and save B, up to one operation of it."""
+    """Go on from A and save B, up to one operation of it, while the weights are changed again."""
     mesh = runtime.start_mesh()
     engine = make_engine(mesh, keep=1)
     if kill_at > 1:
         check(out, kill_at - 1, engine, mesh)
     run_dir = out / f"killed_{kill_at}"
+    go_on_from_a(out, run_dir, engine, mesh)
+    tensor_file.CHUNK_BYTES = 1000  # so that a shard has several
+    with Saver(run_dir, engine, mesh, print) as saver:
+        saboteur = Saboteur(kill_at, out / f"journal_{kill_at}.json")
+        saboteur.install()
+        saver.save({"step": 2})
+        for step in (2, 3):
+            take_step(engine, mesh, step)
+    saboteur.end()  # there was no such operation: the walk is over
+    check(out, kill_at, engine, mesh)
+    go_on_from_a(out, out / "waited_for", engine, mesh)
+    saboteur = Saboteur(0, out / "waited_for.json")
+    saboteur.install()
+    checkpoint.save(out / "waited_for", engine, mesh, {"step": 2})
+    saboteur.end()
+
+
+def go_on_from_a(out: Path, run_dir: Path, engine: Any, mesh: Any) -> None:
+    """Have a copy of the run, restored, and a step further on."""
     shutil.copytree(out / "pristine", run_dir)
     state = checkpoint.restore(run_dir, engine, mesh, print)
     assert state
     assert state["step"] == 1
     take_step(engine, mesh, 1)
-    tensor_file.CHUNK_BYTES = 1000  # so that a shard has several
-    saboteur = Saboteur(kill_at, out / f"journal_{kill_at}.json")
-    saboteur.install()
-    checkpoint.save(run_dir, engine, mesh, {"step": 2})
-    saboteur.end()  # there was no such operation: the walk is over
-    check(out, kill_at, engine, mesh)
 
 
 def check(out: Path, kill_at: int, engine: Any, mesh: Any) -> None:
@@ -211,5 +226,10 @@ if __name__ == "__main__":
     rows = [json.loads((out / f"row_{number}.json").read_text()) for number in range(1, kill_at + 1)]
     statuses = run_forked(partial(save_and_lose_a_rank, out), 2, out / "lost_rank.txt")
     run_forked(partial(restore_after_the_loss, out), 2, out / "after_the_loss.txt")
-    result = {"walk": rows, "lost_rank": {"statuses": statuses, **json.loads((out / "lost_rank.json").read_text())}}
+    waited_for = json.loads((out / "waited_for.json").read_text())["operations"]
+    result = {
+        "walk": rows,
+        "waited_for": waited_for,
+        "lost_rank": {"statuses": statuses, **json.loads((out / "lost_rank.json").read_text())},
+    }
     (out / "result.json").write_text(json.dumps(result))

@@ -107,6 +107,12 @@ def play(cases: Cases) -> None:
     cases.run("cut_short", 1)
     cases.write("cut_short", 1)
     cases.run("cut_short", 1, ask_to_stop=(6, "SIGINT"))
+    cases.write("waited_for", 2, checkpoint={"asynchronous": False})
+    cases.run("waited_for", 2)
+    cases.write("blocked", 2)
+    (out / "blocked/checkpoints").mkdir()
+    (out / "blocked/checkpoints/step_00000006").write_text("in the way")
+    cases.run("blocked", 2)
     diverging = {"learning_rate": 1e38, "gradient_clipping": None}
     cases.write("diverging", 1, optimizer=diverging)
     cases.run("diverging", 1)

@@ -13,6 +13,7 @@ from bigbatch.launcher import cli
 from bigbatch.recipes.core.models.decoder import hugging_face_config, hugging_face_state
 from bigbatch.recipes.gpt import recipe
 from bigbatch.recipes.gpt.config import GptConfig
+from bigbatch.tools import bench_checkpoint
 from bigbatch.tools.bench import Work, summarize
 
 WORK = Work(samples_per_step=16, tokens_per_sample=256, flops_per_sample=5e9, peak_flops=1e12)
@@ -121,3 +122,24 @@ def test_a_benchmark_of_what_cannot_run_is_refused_before_anything_starts(docume
     assert "found '0'; right is a number from 1 on" in capsys.readouterr().err
     assert cli.main(["bench", "sleep"]) == 2
     assert "invalid choice: 'sleep'" in capsys.readouterr().err
+
+
+def test_saves_are_measured_in_turns_of_a_run_whose_data_are_not_there(document, tmp_path):
+    content = json.loads(document.read_text())
+    content["data"] |= {"prepared_dir": str(tmp_path / "empty"), "tokenizer": {"kind": "bpe", "vocabulary_size": 300}}
+    content["data"]["train"] = [str(tmp_path / "no such file.txt")]
+    document.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "bigbatch.launcher.cli", "bench", "checkpoint", str(document)]
+    result = subprocess.run([*command, "--rounds", "2", "--json"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout)
+    decoder = recipe.build_model(GptConfig.model_validate_json(document.read_text()), {"vocabulary_size": 300})
+    assert measured["bytes"] == 12 * sum(parameter.numel() for parameter in decoder.parameters())
+    seconds = measured["seconds"]
+    assert len(seconds) == 6
+    assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+    behind = zip(seconds[bench_checkpoint.STALL], seconds[bench_checkpoint.BEHIND], strict=True)
+    assert all(stall < whole for stall, whole in behind)
+    for row in measured["ratios"]:
+        a, b = (np.array(seconds[row[side]]) for side in ("name", "over"))
+        assert row["ratio"] == pytest.approx(np.median(a / b))

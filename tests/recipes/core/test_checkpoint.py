@@ -160,8 +160,8 @@ def test_a_manifest_that_points_outside_its_folder_is_refused(copied):
 
 
 def test_a_checkpoint_of_a_format_to_come_is_refused_and_not_skipped(copied):
-    rewritten(copied, format=2)
-    with pytest.raises(UserError, match="has format 2; this version reads 1"):
+    rewritten(copied, format=3)
+    with pytest.raises(UserError, match="has format 3; this version reads 1 to 2"):
         Reader(copied)
 
 
@@ -262,6 +262,29 @@ def test_a_pickle_in_the_folder_is_never_opened(ranks, faults):
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
+    ("scenario", "said"),
+    [
+        ("pickle_for_shard", "rank_00000.safetensors is no safetensors file"),
+        ("torch_pickle_for_shard", "rank_0000LAST.safetensors is no safetensors file"),
+        ("pickle_by_name", "mp_rank_00_model_states.pt is no safetensors file"),
+        ("header_of_a_pickle", r"rank_00000.safetensors is no safetensors file \(UnicodeDecodeError"),
+    ],
+)
+def test_a_pickle_that_the_manifest_vouches_for_is_refused_and_never_opened(scenario, said, ranks, faults):
+    result = faults(ranks, scenario)[0]  # unpickling anything would have ended the program
+    assert (result["step"], result["whole"], result["after"]) == (1, True, 2)
+    assert re.match("skipped step_00000002: " + said.replace("LAST", str(ranks - 1)), result["said"][0])
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_restore_opens_each_shard_once_to_read_it_and_one_rank_once_to_hash_it(ranks, faults):
+    result = faults(ranks, "opens")[0]
+    assert result["step"] == 2
+    assert result["most"] == 2
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(
     ("scenario", "message"),
     [
         ("another_shape", "tensor 'up.weight' is (36, 12), the model's is (40, 12): another model"),
@@ -318,6 +341,34 @@ def test_a_save_that_cannot_be_written_fails_on_all_ranks_with_the_reason_and_lo
     assert (result["step"], result["whole"]) == (2, True)
 
 
+# --------------------------------------------------------------------------------------------------------------- behind
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_save_behind_holds_the_state_of_its_moment_though_steps_go_on(ranks, faults):
+    result = faults(ranks, "behind")[0]
+    assert result["told"] == [[step, f"step_{step:08d}"] for step in (3, 4, 5)]
+    assert result["in_order"]
+    assert result["restored"] == result["weights"]
+    assert len(set(result["weights"])) == 3
+    assert result["after_first_save"] == [False, False]  # neither failed nor committed: the disk stood still
+    assert result["after_second_save"] == [False, True]  # it had waited for the first
+    assert result["waited"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_save_that_fails_behind_is_known_on_every_rank_and_raised_by_the_next(ranks, faults):
+    result = faults(ranks, "failing_behind")[0]
+    assert result["seen"]
+    assert "step_00000003: the checkpoint could not be written (Not a directory)" in result["refusal"]
+    assert result["told"] == [5]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_run_that_fails_of_its_own_commits_the_save_under_way(ranks, faults):
+    assert faults(ranks, "failing_run")[0] == {"reason": "of its own", "told": [3], "step": 3}
+
+
 # ----------------------------------------------------------------------------------------------------------------- kill
 
 
@@ -333,12 +384,13 @@ def kills(kill_walk):
     return kill_walk["walk"]
 
 
-def test_the_walk_kills_at_every_operation_of_a_save_and_of_retention(kills):
+def test_the_walk_kills_at_every_operation_of_a_save_and_of_retention_waited_for_or_behind(kills, kill_walk):
     operations = kills[-1]["operations"]
     assert len(kills) == len(operations) + 1  # the last save ran to its end
     assert [row["operations"] for row in kills[:-1]] == [operations[: n + 1] for n in range(len(operations))]
     kinds = {operation.split()[0] for operation in operations}
     assert kinds == {"open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir"}
+    assert kill_walk["waited_for"] == operations
     assert sum(operation.startswith("write") for operation in operations) > 20
     assert "rename to manifest.json" in operations
     assert "rmdir step_00000001" in operations

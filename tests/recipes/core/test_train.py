@@ -58,6 +58,33 @@ def test_a_run_saves_and_evaluates_when_due_and_learns(cases):
     assert losses[-1] < losses[0] - 0.3
 
 
+def events(run_dir, kind) -> list[dict]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "event" and row["event"] == kind]
+
+
+def test_saves_that_are_waited_for_and_saves_behind_the_steps_leave_the_same(cases):
+    (behind, _), (waited_for, _) = cases("whole_2"), cases("waited_for")
+    assert train_rows(behind) == train_rows(waited_for)
+    assert same_tensors(behind, waited_for)
+    for run_dir in (behind, waited_for):
+        saved = events(run_dir, "saved")
+        assert [(row["step"], row["message"]) for row in saved] == [(n, f"step_{n:08d}") for n in (3, 6, 9, 10)]
+        assert all(0 < row["seconds"] <= row["whole_seconds"] for row in saved)
+    assert all(row["seconds"] == row["whole_seconds"] for row in events(waited_for, "saved"))
+    assert any(row["seconds"] < row["whole_seconds"] for row in events(behind, "saved"))
+
+
+def test_a_save_that_fails_behind_ends_the_run_at_a_later_step_on_every_rank(cases):
+    run_dir, (blocked,) = cases("blocked")
+    assert blocked["statuses"] == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    for printed in blocked["printed"]:
+        assert "step_00000006: the checkpoint could not be written (Not a directory); the earlier ones" in printed
+        assert "Traceback" not in printed
+    assert saved_steps(run_dir) == [3]
+    assert events(run_dir, "failed")[0]["message"].startswith("UserError: ")
+
+
 def test_sigterm_to_one_rank_saves_on_all_and_asks_to_be_queued_again(cases):
     run_dir, (stopped, _) = cases("stopped_2")
     assert stopped["statuses"] == [EXIT_REQUEUE, EXIT_REQUEUE]
