@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="bigbatch checkpoint", description="Look at the checkpoints of runs, or remove some.")
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=Parser)
     summaries = {
         "ls": "list a run's checkpoints",
         "verify": "read every byte of them; exit with 1 if any is damaged",
