@@ -120,6 +120,13 @@ def check(run: str, ranks: int | None, overrides: list[str], as_json: bool) -> i
     return EXIT_USER_ERROR if preflight.has_errors(findings) else EXIT_DONE
 
 
+def plan(run: str, overrides: list[str], as_json: bool, **machine: Any) -> int:
+    """List how a run may be divided over GPUs, best first, with memory, time, energy and cost; needs no GPU."""
+    from bigbatch.launcher import plan as plans
+
+    return plans.plan(_document_of(run), overrides, as_json=as_json, **machine)
+
+
 def prepare(run: str, overrides: list[str]) -> int:
     """Turn raw data into cleaned, tokenized, fingerprinted shards; what is done already is not done again."""
     from bigbatch.launcher.local import run_ranks, worker_command
@@ -214,11 +221,13 @@ class Verb(NamedTuple):
     flags: tuple[str, ...]
 
 
+PLAN_FLAGS = ("--gpus", "--card", "--gpu-memory", "--gpus-per-node", "--network", "--price", "--top")
 VERBS = {
     "quickstart": Verb(quickstart, ()),
     "recipes": Verb(recipes, ("--json",)),
     "show": Verb(show, ("run", "--set", "--json")),
     "check": Verb(check, ("run", "--ranks", "--set", "--json")),
+    "plan": Verb(plan, ("run", *PLAN_FLAGS, "--set", "--json")),
     "prepare": Verb(prepare, ("run", "--set")),
     "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--resume")),
     "evaluate": Verb(evaluate, ("run_dir", "--split")),
@@ -243,6 +252,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; right is a number above 0")
+    return number
+
+
 FLAGS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN | RUN_DIR", "help": "name or path of a run document, or a run folder"},
     "run_dir": {"metavar": "RUN_DIR", "type": Path, "help": "folder of a run"},
@@ -251,6 +270,13 @@ FLAGS: dict[str, dict[str, Any]] = {
     "bench_run": {"metavar": "RUN", "nargs": "?", "help": "default: gpt/bench; for checkpoint gpt/124m"},
     "--rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns of each (default 5)"},
     "--steps": {"type": _positive, "metavar": "N", "default": 4, "help": "train: steps a turn (default 4)"},
+    "--gpus": {"type": _positive, "metavar": "N", "required": True, "help": "how many there are in all"},
+    "--card": {"metavar": "NAME", "default": "H100", "help": "V100, A100-40, A100, H100, H200, B200, MI300X or CPU"},
+    "--gpu-memory": {"type": _above_zero, "metavar": "GIB", "help": "of a card (default: the card's own)"},
+    "--gpus-per-node": {"type": _positive, "metavar": "N", "default": 8, "help": "default 8"},
+    "--network": {"type": _above_zero, "metavar": "GB_A_SECOND", "help": "of a card to other nodes"},
+    "--price": {"type": _above_zero, "metavar": "DOLLARS", "help": "of a card for an hour"},
+    "--top": {"type": _positive, "metavar": "N", "default": 10, "help": "show the best so many (default 10)"},
     "--run-dir": {"type": Path, "metavar": "D", "help": "folder of the run (default: a new one under runs/)"},
     "--set": {
         "action": "append",
