@@ -1,6 +1,6 @@
 """The run document of BERT pretraining."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -41,6 +41,7 @@ class FillSection(Section):
 class BertPretrainConfig(RunConfig):
     """Train an encoder to fill in masked tokens."""
 
+    axes: ClassVar[tuple[str, ...]] = ("tensor",)
     recipe: Literal["bert_pretrain"] = "bert_pretrain"
     model: EncoderSection = EncoderSection()
     data: TokenDataSection

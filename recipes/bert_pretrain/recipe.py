@@ -23,7 +23,7 @@ from bigbatch.recipes.core.models.encoder import (
     hugging_face_tensors,
     load_hugging_face,
 )
-from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.parallel import ALONE, Axis, Mesh
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.train import Run
 
@@ -62,9 +62,11 @@ def open_data(config: BertPretrainConfig) -> DataSplits:
     return DataSplits(train, masked("validation") if data.validation or data.validation_fraction else None, facts)
 
 
-def build_model(config: BertPretrainConfig, facts: dict[str, Any], initialize: bool = True) -> MaskedLanguageModel:
+def build_model(
+    config: BertPretrainConfig, facts: dict[str, Any], initialize: bool = True, tensor: Axis = ALONE
+) -> MaskedLanguageModel:
     """Build the encoder and its heads: first weights, or those of a Hugging Face folder."""
-    model = MaskedLanguageModel(config.model, facts["vocabulary_size"], config.sentence_task != "none")
+    model = MaskedLanguageModel(config.model, facts["vocabulary_size"], config.sentence_task != "none", tensor)
     if initialize and config.model.initialize_from:
         load_hugging_face(model, Path(config.model.initialize_from))
     return model

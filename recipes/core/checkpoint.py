@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `checkpoints/step_00001000` with one safetensors file a rank and one `manifest.json`. The
 manifest names every logical tensor (name, shape) and where its pieces lie: file, kind (`master`, or a state of the
-optimizer), first element and length in the flattened tensor. It is written last, by rename, after all shards are on
-disk: a folder without a manifest that verifies does not exist.
+optimizer), first element and length in the flattened tensor; and where a tensor rank had but a share of it, what share:
+[dim, [[begin, end], ...]], the piece being a range of these rows or columns put together. It is written last, by
+rename, after all shards are on disk: a folder without a manifest that verifies does not exist.
 """
 
 import json
@@ -21,6 +22,7 @@ from bigbatch.recipes.core.config import RunConfig
 from bigbatch.recipes.core.engine import Engine
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.fragments import Fragment, is_replicated
+from bigbatch.recipes.core.layout import Share, copy_overlap, logical_shape, rectangles, share_of
 from bigbatch.recipes.core.optim import set_state, state_keys
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.tensor_file import (
@@ -32,7 +34,7 @@ from bigbatch.recipes.core.tensor_file import (
     write_tensors,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has no pieces of rows or columns
 MANIFEST = "manifest.json"
 MASTER = "master"
 MOST_OPEN_FILES = 64
@@ -42,12 +44,14 @@ FirstText = Callable[[str], str]  # Mesh.first_text, or the same over another gr
 
 
 class Piece(NamedTuple):
-    """A flat range of one kind of one logical tensor, and the file that holds it."""
+    """A flat range of one kind of one logical tensor or of a share of it, and the file that holds it."""
 
     file: str
     kind: str
     start: int
     length: int
+    share: list[Any] | None = None
+    """[dim, ranges]; None: of the whole tensor."""
 
 
 class CheckpointDamagedError(Exception):
@@ -66,6 +70,8 @@ class Part(NamedTuple):
     kind: str
     start: int
     values: torch.Tensor  # [n]
+    share: Share | None
+    """What `start` counts in, where that is not the whole."""
 
 
 def save(run_dir: Path, engine: Engine, mesh: Mesh, state: dict[str, Any]) -> Path:
@@ -96,7 +102,7 @@ def write(
         shard = f"rank_{mesh.rank:05d}.safetensors"
         header = [Entry(f"{part.kind}/{part.name}", part.values.dtype, tuple(part.values.shape)) for part in parts]
         description = write_tensors(folder / shard, header, (part.values for part in parts))
-        pieces = [[part.name, part.shape, [shard, part.kind, part.start, part.values.numel()]] for part in parts]
+        pieces = [[part.name, part.shape, _piece(shard, part)] for part in parts]
         write_json(folder / f"rank_{mesh.rank:05d}.json", {"file": description, "pieces": pieces})
         sync_folder(folder)
     with agreed:
@@ -106,23 +112,35 @@ def write(
     return folder
 
 
-def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
-    """Yield what this rank writes, float32, as views where it is that; at stage 0 each rank takes a share."""
+def _piece(shard: str, part: Part) -> list[Any]:
+    piece = [shard, part.kind, part.start, part.values.numel()]
+    return [*piece, [part.share.dim, part.share.ranges]] if part.share else piece
 
-    def share(fragment: Fragment, kind: str, values: torch.Tensor, is_everywhere: bool) -> Iterator[Part]:
+
+def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
+    """Yield what this rank writes, float32, as views where it is that.
+
+    Of what all data ranks have (stage 0) each takes a part; what all tensor ranks have is the first one's.
+    """
+
+    def taken(fragment: Fragment, kind: str, values: torch.Tensor, is_everywhere: bool) -> Iterator[Part]:
         begin, end = 0, values.numel()
         if is_everywhere:
             begin, end = (end * rank // mesh.data_ranks for rank in (mesh.data_rank, mesh.data_rank + 1))
         if begin < end:
-            yield Part(fragment.name, fragment.shape, kind, fragment.start + begin, values[begin:end].float())
+            start, values = fragment.start + begin, values[begin:end].float()
+            yield Part(fragment.name, fragment.shape, kind, start, values, fragment.share)
+
+    def is_own(fragment: Fragment) -> bool:
+        return mesh.tensor.rank == 0 or fragment.share is not None
 
     is_everywhere = is_replicated(engine.deepspeed)
-    for fragment in engine.fragments():
-        yield from share(fragment, MASTER, fragment.master, is_everywhere)
+    for fragment in filter(is_own, engine.fragments()):
+        yield from taken(fragment, MASTER, fragment.master, is_everywhere)
         for key in _present_keys(engine):
-            yield from share(fragment, key, fragment.state(engine.optimizer, key), is_everywhere)
-    for fragment in engine.frozen():
-        yield from share(fragment, MASTER, fragment.master, engine.deepspeed.zero_optimization_stage() < 3)
+            yield from taken(fragment, key, fragment.state(engine.optimizer, key), is_everywhere)
+    for fragment in filter(is_own, engine.frozen()):
+        yield from taken(fragment, MASTER, fragment.master, engine.deepspeed.zero_optimization_stage() < 3)
 
 
 def _present_keys(engine: Engine) -> tuple[str, ...]:
@@ -132,7 +150,8 @@ def _present_keys(engine: Engine) -> tuple[str, ...]:
 
 def engine_state(engine: Engine) -> dict[str, Any]:
     """Return what a resume needs of the engine beside its tensors."""
-    state: dict[str, Any] = {"zero_stage": engine.deepspeed.zero_optimization_stage(), "ranks": engine.mesh.world_size}
+    mesh, stage = engine.mesh, engine.deepspeed.zero_optimization_stage()
+    state: dict[str, Any] = {"zero_stage": stage, "ranks": mesh.world_size, "tensor_ranks": mesh.tensor.size}
     steps = [float(value["step"]) for value in engine.optimizer.state.values() if "step" in value]
     state["optimizer"] = {"name": engine.config.optimizer.name, "steps": steps[0] if steps else None}
     if engine.loss_scaler:
@@ -286,17 +305,17 @@ def _load_into(reader: "Reader", engine: Engine) -> None:
     engine.optimizer.state.clear()
     states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for fragment in engine.fragments():
-        reader.read_into(fragment.name, MASTER, fragment.start, fragment.master)
+        reader.read_into(fragment.name, MASTER, fragment.start, fragment.master, fragment.share)
         if fragment.flat not in states:
             states[fragment.flat] = {key: torch.zeros_like(fragment.flat.detach()) for key in keys}
         for key, tensor in states[fragment.flat].items():
             part = tensor.view(-1)[fragment.offset : fragment.offset + fragment.master.numel()]
-            reader.read_into(fragment.name, key, fragment.start, part)
+            reader.read_into(fragment.name, key, fragment.start, part, fragment.share)
     if has_state:
         for flat, tensors in states.items():
             set_state(engine.optimizer, flat, tensors, steps)
     for fragment in engine.frozen():
-        reader.read_into(fragment.name, MASTER, fragment.start, fragment.master)
+        reader.read_into(fragment.name, MASTER, fragment.start, fragment.master, fragment.share)
     for key, value in reader.manifest.get("loss_scaler", {}).items():
         if engine.loss_scaler:
             setattr(engine.loss_scaler, key, value)
@@ -304,9 +323,7 @@ def _load_into(reader: "Reader", engine: Engine) -> None:
 
 def _check_shapes(reader: "Reader", module: torch.nn.Module) -> None:
     """Refuse a checkpoint of another model, naming the first tensor that differs."""
-    shapes = {
-        name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in module.named_parameters()
-    }
+    shapes = {name: logical_shape(parameter) for name, parameter in module.named_parameters()}
     for name, shape in shapes.items():
         if name not in reader.tensors:
             raise UserError(str(reader.folder), f"has no tensor {name!r} that the model needs: it is of another model")
@@ -335,14 +352,15 @@ class Reader:
             raise CheckpointDamagedError(f"{MANIFEST} cannot be read ({error})") from None
         if not isinstance(self.manifest, dict) or self.manifest.get("xxh3_128") != _manifest_hash(self.manifest):
             raise CheckpointDamagedError(f"{MANIFEST} does not match its own hash")
-        if self.manifest["format"] != FORMAT_VERSION:
-            raise UserError(str(folder), f"has format {self.manifest['format']}; this version reads {FORMAT_VERSION}")
+        if not 1 <= self.manifest["format"] <= FORMAT_VERSION:
+            known = f"this version reads 1 to {FORMAT_VERSION}"
+            raise UserError(str(folder), f"has format {self.manifest['format']}; {known}")
         self.tensors: dict[str, Any] = self.manifest["tensors"]
         self._open: dict[str, TensorFile] = {}
 
     def kinds(self) -> set[str]:
         """Name the kinds of tensors there are: `master` and the optimizer's states."""
-        return {kind for tensor in self.tensors.values() for _, kind, _, _ in tensor["pieces"]}
+        return {piece[1] for tensor in self.tensors.values() for piece in tensor["pieces"]}
 
     def verify(self) -> None:
         """Check that every file is there and has the bytes that were written; raise CheckpointDamagedError."""
@@ -373,28 +391,46 @@ class Reader:
                 if found != file["xxh3_128"]:
                     raise CheckpointDamagedError(f"{file['name']} does not match its hash: its bytes have changed")
 
-    def read(self, name: str, kind: str = MASTER) -> torch.Tensor:
-        """Return one logical tensor whole, float32."""
-        shape = self.tensors[name]["shape"]
+    def read(self, name: str, kind: str = MASTER, share: Share | None = None) -> torch.Tensor:
+        """Return one logical tensor, or a share of it, float32."""
+        shape = share.local_shape if share else self.tensors[name]["shape"]
         tensor = torch.empty(shape)
-        self.read_into(name, kind, 0, tensor.view(-1))
+        self.read_into(name, kind, 0, tensor.view(-1), share)
         return tensor
 
-    def read_into(self, name: str, kind: str, start: int, target: torch.Tensor) -> None:
-        """Fill `target` [n] with elements start..start+n of the flattened tensor, from whichever files hold them."""
-        end, filled = start + target.numel(), 0
+    def read_into(self, name: str, kind: str, start: int, target: torch.Tensor, share: Share | None = None) -> None:
+        """Fill `target` [n] with elements start..start+n of the flattened tensor, from whichever files hold them.
+
+        With a share, of the flattened share.
+        """
+        filled = 0
         for piece in (Piece(*piece) for piece in self.tensors[name]["pieces"]):
-            low, high = max(start, piece.start), min(end, piece.start + piece.length)
-            if piece.kind != kind or low >= high:
-                continue
-            try:
-                file = self._file(piece.file)
-                file.read_into(f"{kind}/{name}", low - piece.start, target[low - start : high - start])
-            except ValueError as error:
-                raise CheckpointDamagedError(str(error)) from None
-            filled += high - low
+            if piece.kind == kind:
+                try:
+                    filled += self._read_piece(name, piece, start, target, share)
+                except ValueError as error:
+                    raise CheckpointDamagedError(str(error)) from None
         if filled != target.numel():
             raise CheckpointDamagedError(f"{kind} of {name!r} covers {filled} of {target.numel()} elements")
+
+    def _read_piece(self, name: str, piece: Piece, start: int, target: torch.Tensor, share: Share | None) -> int:
+        """Copy what a piece has of a range; return how many elements that is."""
+        shape = tuple(self.tensors[name]["shape"])
+        stored = Share.of(shape, piece.share)
+        key, end = f"{piece.kind}/{name}", start + target.numel()
+        if stored == share:  # both are ranges of the same tensor
+            low, high = max(start, piece.start), min(end, piece.start + piece.length)
+            if low < high:
+                self._file(piece.file).read_into(key, low - piece.start, target[low - start : high - start])
+            return max(0, high - low)
+
+        def read(begin: int, end: int) -> torch.Tensor:
+            staged = torch.empty(end - begin)
+            self._file(piece.file).read_into(key, begin, staged)
+            return staged
+
+        theirs = rectangles(shape, stored, piece.start, piece.start + piece.length)
+        return copy_overlap(target, rectangles(shape, share, start, end), read, theirs)
 
     def _file(self, name: str) -> TensorFile:
         """Return a shard, open; it stays so, for tensors that are neighbours in the model are so in the files."""
@@ -478,8 +514,11 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
 
 
 def fill(reader: Reader, model: torch.nn.Module) -> None:
-    """Copy a verified checkpoint's masters into a model's parameters; raise UserError if it is of another model."""
+    """Copy a verified checkpoint's masters, or a tensor rank's share of them, into a model's parameters.
+
+    Raise UserError if it is of another model.
+    """
     _check_shapes(reader, model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(reader.read(name))
+            parameter.copy_(reader.read(name, share=share_of(parameter)))

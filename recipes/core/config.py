@@ -1,6 +1,6 @@
 """The run document: one frozen section a concern, closed to unknown keys. Imports pydantic alone, never torch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -122,8 +122,10 @@ class BatchSection(Section):
 
 
 class ParallelSection(Section):
-    """How the work is divided. The number of data ranks follows from the processes started."""
+    """How the work is divided. The number of data ranks follows: the processes started over the tensor ranks."""
 
+    tensor: PositiveInt = 1
+    """Ranks that share each layer of one model: its heads, inner units and vocabulary are divided over them."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """ZeRO stage; by default the DeepSpeed document's, else 1."""
 
@@ -225,6 +227,9 @@ class WatchdogSection(Section):
 
 class RunConfig(Section):
     """A run document; each recipe adds its own sections in a class of its own."""
+
+    axes: ClassVar[tuple[str, ...]] = ()
+    """Keys of `parallel` that the recipe's model can be divided along, beside the data ranks."""
 
     version: Literal[1]
     recipe: str

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from bigbatch.recipes.core.fragments import (
     segments,
     write_back,
 )
+from bigbatch.recipes.core.layout import share_of
 from bigbatch.recipes.core.optim import Lamb, build_optimizer
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.recipe import Batch, Loss
@@ -62,17 +64,18 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may step once while it sets up
         deepspeed = import_deepspeed()
+        mpu = _model_parallel_unit(mesh)
+        deepspeed.utils.groups.mpu = mpu  # else that of an engine before this one stays
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own, about its use of torch
-            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=document)
+            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=document, mpu=mpu)
         self.optimizer = inner_optimizer(self.deepspeed)
         self.optimizer.state.clear()  # what that step left: Adam's bias correction would be one step ahead
         if is_replicated(self.deepspeed):
+            self._divided = {fragment.flat for fragment in self.fragments() if fragment.share}
             self.optimizer.register_step_pre_hook(self._clip_float32_gradients)
         if isinstance(self.optimizer, Lamb):
-            pieces, count = segments(self.fragments(), module)
-            sum_over_ranks = (lambda norms: None) if is_replicated(self.deepspeed) else mesh.sum_in_place
-            self.optimizer.set_segments(pieces, count, sum_over_ranks)
+            self.optimizer.set_segments(*segments(self.fragments(), module), self._sum_squares)
 
     @property
     def module(self) -> nn.Module:
@@ -118,7 +121,8 @@ class Engine:
         loss_sum = 0.0
         scale = self.loss_scale
         for index, batch in enumerate(batches):
-            # Dropout is a function of (seed, step, micro-batch, rank), so a resume needs no saved generator.
+            # Dropout is a function of (seed, step, micro-batch, data rank), so a resume needs no saved generator, and
+            # tensor ranks drop the same of what is replicated.
             torch.manual_seed(mix(self.config.seed, step, index, self.mesh.data_rank))
             result = loss(engine, to_device(batch, self.mesh.device))
             # DeepSpeed averages over data ranks; multiplied back, the gradient is that of sum / num_targets.
@@ -145,10 +149,20 @@ class Engine:
             return math.inf
         return self._hook_norm if is_replicated(self.deepspeed) else float(self.deepspeed.get_global_grad_norm())
 
+    def _sum_squares(self, squares: torch.Tensor) -> None:
+        """Add up sums of squares [..., parameter] over the ranks that hold pieces, each piece once."""
+        if not is_replicated(self.deepspeed):
+            self.mesh.sum_in_place(squares)
+        if self.mesh.tensor.size > 1:
+            if self.mesh.tensor.rank > 0:
+                whole = [share_of(parameter) is None for parameter in self.module.parameters()]
+                squares[..., torch.tensor(whole, device=squares.device)] = 0
+            self.mesh.tensor.sum_in_place(squares)
+
     def _clip_float32_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip before a step at stage 0, where DeepSpeed would take the norm of the bf16 gradients in bf16."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._total_norm([p for p in parameters if p.grad is not None])
         self._hook_norm = float(norm)
         if not math.isfinite(self._hook_norm):
             for parameter in parameters:
@@ -156,15 +170,42 @@ class Engine:
         elif self.config.optimizer.gradient_clipping:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.gradient_clipping, norm)
 
+    def _total_norm(self, parameters: list[torch.Tensor]) -> torch.Tensor:
+        """Return the 2-norm of the gradients over all tensor ranks."""
+        tensor = self.mesh.tensor
+        own = parameters if tensor.rank == 0 else [p for p in parameters if p in self._divided]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+        if tensor.size == 1:
+            return norm
+        square = norm.to(self.mesh.device).square()
+        tensor.sum_in_place(square)
+        return square.sqrt()
 
-def partitioned_building(document: dict[str, Any]) -> AbstractContextManager[None]:
-    """Within it, at stage 3, each layer's weights are divided over the ranks as soon as they are drawn.
+
+def _model_parallel_unit(mesh: Mesh) -> Any:
+    """Answer what DeepSpeed asks a Megatron about the groups; None without tensor ranks."""
+    if mesh.tensor.size == 1:
+        return None
+    answers = {
+        "model_parallel_rank": mesh.tensor.rank,
+        "model_parallel_world_size": mesh.tensor.size,
+        "model_parallel_group": mesh.tensor.group,
+        "data_parallel_rank": mesh.data_rank,
+        "data_parallel_world_size": mesh.data_ranks,
+        "data_parallel_group": mesh.data_group,
+    }
+    return SimpleNamespace(**{f"get_{name}": lambda answer=answer: answer for name, answer in answers.items()})
+
+
+def partitioned_building(document: dict[str, Any], mesh: Mesh) -> AbstractContextManager[None]:
+    """Within it, at stage 3, each layer's weights are divided over the data ranks as soon as they are drawn.
 
     So no rank ever holds the whole model. Collective: every rank must build the same model in it.
     """
     if document["zero_optimization"]["stage"] < 3:
         return nullcontext()
-    return import_deepspeed().zero.Init(config_dict_or_path=document)
+    groups = {"data_parallel_group": mesh.data_group, "mpu": _model_parallel_unit(mesh)}
+    return import_deepspeed().zero.Init(config_dict_or_path=document, **groups)
 
 
 def to_device(batch: dict[str, np.ndarray], device: torch.device) -> Batch:

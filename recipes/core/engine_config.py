@@ -4,6 +4,8 @@ from typing import Any
 
 from bigbatch.recipes.core.batch import check_batch
 from bigbatch.recipes.core.config import PrecisionSection, RunConfig
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.plan import Job, make_plan
 
 # The run document's keys that a native document may not state, and what to write instead.
 OWNED_KEYS = {
@@ -29,10 +31,15 @@ def zero_stage(config: RunConfig, native: dict[str, Any]) -> int:
     return native.get("zero_optimization", {}).get("stage", 1)
 
 
-def complete(config: RunConfig, native: dict[str, Any], data_ranks: int) -> dict[str, Any]:
-    """Return the full DeepSpeed document for this many data ranks; raise UserError if the batch does not divide."""
-    plan = check_batch(config.batch, data_ranks)
+def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[str, Any]:
+    """Return the full DeepSpeed document for this many ranks (processes).
+
+    Raise UserError where the ranks, the batch or the model do not divide by the plan.
+    """
     stage = zero_stage(config, native)
+    if config.parallel.tensor > 1:
+        _check_tensor_ranks(config, native, num_ranks, stage)
+    plan = check_batch(config.batch, num_ranks // config.parallel.tensor)
     return {
         **native,
         "train_batch_size": plan.global_size,
@@ -46,6 +53,16 @@ def complete(config: RunConfig, native: dict[str, Any], data_ranks: int) -> dict
         "zero_force_ds_cpu_optimizer": False,
         **_precision_blocks(config.precision),
     }
+
+
+def _check_tensor_ranks(config: RunConfig, native: dict[str, Any], num_ranks: int, stage: int) -> None:
+    """Refuse a plan that the model does not allow; of the vocabulary, which may not be known yet, the model speaks."""
+    model = getattr(config, "model", None) if "tensor" in config.axes else None
+    make_plan(Job(model, 0, 1, config.batch, config.axes), num_ranks, config.parallel.tensor, zero_stage=stage)
+    size = native.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if size > 1:  # DeepSpeed lays it over neighbours (utils/groups.py), which hold different weights here
+        where = "deepspeed.zero_optimization.zero_hpz_partition_size"
+        raise UserError(where, f"{size} does not go with parallel.tensor {config.parallel.tensor}; right would be 1")
 
 
 def _precision_blocks(precision: PrecisionSection) -> dict[str, Any]:

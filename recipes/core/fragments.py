@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bigbatch.recipes.core import low_bit
+from bigbatch.recipes.core.layout import Share, logical_shape, share_of
 from bigbatch.recipes.core.optim import Segment
 
 
@@ -21,12 +22,14 @@ class Fragment(NamedTuple):
     shape: tuple[int, ...]
     """Of the whole logical parameter."""
     start: int
-    """First element of the piece, in the flattened parameter."""
+    """First element of the piece, in the flattened parameter, of which a tensor rank has a share."""
     master: torch.Tensor  # [n] float32, a view; of a weight that is not trained, in its working format
     flat: torch.Tensor
     """The tensor that the optimizer steps on, and the key of its state."""
     offset: int
     """Where the piece begins in the flattened `flat`."""
+    share: Share | None
+    """What this tensor rank has of the logical parameter; None: the whole."""
 
     def state(self, optimizer: torch.optim.Optimizer, key: str) -> torch.Tensor:
         """Return this piece of an optimizer state tensor, float32 [n]: a view, but a copy of an 8-bit state."""
@@ -60,11 +63,11 @@ def frozen(engine: Any, data_rank: int) -> list[Fragment]:
     for name, weight in engine.module.named_parameters():
         if weight.requires_grad:
             continue
-        shape, start, flat = tuple(weight.shape), 0, weight.data.view(-1)
+        start, flat = 0, weight.data.view(-1)
         if hasattr(weight, "ds_tensor"):
-            shape, start = tuple(weight.ds_shape), data_rank * weight.ds_tensor.ds_numel
+            start = data_rank * weight.ds_tensor.ds_numel
             flat = weight.ds_tensor.data[: max(0, min(weight.ds_tensor.ds_numel, weight.ds_numel - start))]
-        found.append(Fragment(name, shape, start, flat, flat, 0))
+        found.append(Fragment(name, logical_shape(weight), start, flat, flat, 0, share_of(weight)))
     return found
 
 
@@ -110,7 +113,8 @@ def _whole(
 ) -> Iterator[Fragment]:
     for weight_group, master_group in zip(weights, masters, strict=True):
         for weight, master in zip(weight_group, master_group, strict=True):
-            yield Fragment(names[weight], tuple(weight.shape), 0, master.data.view(-1), master, 0)
+            shape, share = logical_shape(weight), share_of(weight)
+            yield Fragment(names[weight], shape, 0, master.data.view(-1), master, 0, share)
 
 
 def _mapped(
@@ -124,7 +128,8 @@ def _mapped(
             address = mapping.hp_fragment_address
             master = flat.data.view(-1)[address.start : address.start + address.numel]
             start = mapping.lp_fragment_address.start
-            yield Fragment(names[weight], tuple(weight.shape), start, master, flat, address.start)
+            shape, share = logical_shape(weight), share_of(weight)
+            yield Fragment(names[weight], shape, start, master, flat, address.start, share)
 
 
 def _stage3(wrapper: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragment]:
@@ -135,4 +140,4 @@ def _stage3(wrapper: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragment]:
         length = min(weight.ds_tensor.ds_numel, weight.ds_numel - start)  # type: ignore[attr-defined]
         if length > 0:  # the last rank's piece may be padding alone
             master = flat.data[offset : offset + length]
-            yield Fragment(name, tuple(weight.ds_shape), start, master, flat, offset)  # type: ignore[attr-defined]
+            yield Fragment(name, logical_shape(weight), start, master, flat, offset, share_of(weight))

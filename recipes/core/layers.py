@@ -11,37 +11,106 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from bigbatch.recipes.core.layout import Share, mark, split
+from bigbatch.recipes.core.parallel import ALONE, Axis
+from bigbatch.recipes.core.tensor_parallel import copy_in, sum_out
+
 
 class Linear(nn.Linear):
     """A linear layer with normal weights and zero bias, drawn while it is built, as deepspeed.zero.Init needs."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, standard_deviation: float) -> None:
-        self.standard_deviation = standard_deviation
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, standard_deviation: float, share: Share | None = None
+    ) -> None:
+        """Build the layer, or a rank's share of a larger one."""
+        self.standard_deviation, self.share = standard_deviation, share
         super().__init__(in_features, out_features, bias)
+        if share:
+            mark(self.weight, share)
 
     def reset_parameters(self) -> None:
         """Draw the weights."""
-        draw(self.weight, self.standard_deviation)
+        draw(self.weight, self.standard_deviation, self.share)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
-class Embedding(nn.Embedding):
-    """A table of vectors with normal weights."""
+class ColumnLinear(Linear):
+    """A linear layer whose outputs are divided over the tensor ranks, each of the blocks that they consist of.
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, standard_deviation: float) -> None:
-        self.standard_deviation = standard_deviation
-        super().__init__(num_embeddings, embedding_dim)
+    It takes a replicated tensor and makes this rank's share of each block, one behind the other.
+    """
+
+    def __init__(
+        self, in_features: int, blocks: tuple[int, ...], bias: bool, standard_deviation: float, tensor: Axis = ALONE
+    ) -> None:
+        self.tensor, rows = tensor, sum(blocks)
+        share = _share((rows, in_features), 0, blocks, tensor)
+        super().__init__(in_features, rows // tensor.size, bias, standard_deviation, share)
+        if bias and share:
+            mark(self.bias, share._replace(shape=(rows,)))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map replicated states [..., D] to this rank's outputs."""
+        return super().forward(copy_in(input, self.tensor))
+
+
+class RowLinear(Linear):
+    """A linear layer whose inputs are divided over the tensor ranks; what it makes is replicated, as its bias is."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, standard_deviation: float, tensor: Axis = ALONE
+    ) -> None:
+        self.tensor = tensor
+        share = _share((out_features, in_features), 1, (in_features,), tensor)
+        super().__init__(in_features // tensor.size, out_features, bias, standard_deviation, share)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map this rank's inputs to replicated states [..., D]; the bias is added once, to the sum."""
+        if self.tensor.size == 1:
+            return super().forward(input)
+        total = sum_out(F.linear(input, self.weight), self.tensor)
+        return total if self.bias is None else total + self.bias
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors with normal weights; its rows may be divided over the tensor ranks."""
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, standard_deviation: float, tensor: Axis = ALONE
+    ) -> None:
+        self.standard_deviation, self.tensor = standard_deviation, tensor
+        self.share = _share((num_embeddings, embedding_dim), 0, (num_embeddings,), tensor)
+        super().__init__(num_embeddings // tensor.size, embedding_dim)
+        if self.share:
+            mark(self.weight, self.share)
 
     def reset_parameters(self) -> None:
         """Draw the vectors."""
-        draw(self.weight, self.standard_deviation)
+        draw(self.weight, self.standard_deviation, self.share)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the replicated vectors [..., D] of numbers [...]."""
+        if self.tensor.size == 1:
+            return super().forward(input)
+        own = input - self.tensor.rank * self.num_embeddings
+        elsewhere = (own < 0) | (own >= self.num_embeddings)
+        vectors = super().forward(own.masked_fill(elsewhere, 0))
+        return sum_out(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.tensor)
 
 
-def draw(weight: torch.Tensor, standard_deviation: float) -> None:
-    """Draw normal numbers in float32: the same ones whatever dtype and device the weight has under ZeRO-3."""
+def draw(weight: torch.Tensor, standard_deviation: float, share: Share | None = None) -> None:
+    """Draw normal numbers in float32: the same ones whatever dtype and device the weight has under ZeRO-3.
+
+    A share is cut out of the whole logical tensor, so that a model starts the same under every plan.
+    """
     with torch.no_grad():
-        weight.copy_(torch.normal(0.0, standard_deviation, weight.shape))
+        whole = torch.normal(0.0, standard_deviation, share.shape if share else weight.shape)
+        weight.copy_(share.cut(whole) if share else whole)
+
+
+def _share(shape: tuple[int, ...], dim: int, blocks: tuple[int, ...], tensor: Axis) -> Share | None:
+    return None if tensor.size == 1 else split(shape, dim, blocks, tensor.rank, tensor.size)
 
 
 class RMSNorm(nn.Module):

@@ -8,6 +8,9 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
+from bigbatch.recipes.core.parallel import ALONE, Axis
+from bigbatch.recipes.core.tensor_parallel import copy_in
+
 CHUNK_BYTES = 2**28
 """A chunk's logits take at most this much: fewer chunks mean less adding up of weight gradients."""
 CPU_CHUNK_ROWS = 1024
@@ -24,6 +27,7 @@ def chunked_cross_entropy(
     chunk_rows: int | None = None,
     num_classes: int | None = None,
     bias: torch.Tensor | None = None,  # [V]
+    tensor: Axis = ALONE,
 ) -> torch.Tensor:
     """Sum the cross-entropy of `hidden @ weight.T + bias` against `labels` over the rows whose label is not `ignore`.
 
@@ -32,15 +36,21 @@ def chunked_cross_entropy(
     are made in the forward pass, those of the plain sum, and multiplied by the incoming one in the backward pass: they
     are of the order of 1 when they are first rounded, whatever the loss scale and the number of targets, so that
     float16 does not underflow; the weight's are added up in float32.
+
+    Over tensor ranks V is divided: `weight` and `bias` are a rank's rows, `labels` and `num_classes` count all of them,
+    and the result is replicated. Collective: every tensor rank must call it with the same rows.
     """
     if chunk_rows is None:
         chunk_rows = _default_chunk_rows(len(hidden), weight)
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, ignore, chunk_rows, num_classes)
+    hidden = copy_in(hidden, tensor)
+    if num_classes is not None:
+        num_classes = max(0, num_classes - tensor.rank * len(weight))  # of this rank's rows
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, ignore, chunk_rows, num_classes, tensor)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore, chunk_rows, num_classes):
+    def forward(ctx, hidden, weight, bias, labels, ignore, chunk_rows, num_classes, tensor):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         loss = hidden.new_zeros((), dtype=_statistics_dtype(hidden))
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -54,7 +64,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits += bias
             if num_classes is not None:
                 logits[:, num_classes:] = -math.inf
-            loss += _loss_and_gradient(logits, labels[start : start + chunk_rows], ignore)
+            chunk_labels = labels[start : start + chunk_rows]
+            if tensor.size == 1:
+                loss += _loss_and_gradient(logits, chunk_labels, ignore)
+            else:
+                loss += _divided_loss_and_gradient(logits, chunk_labels, ignore, tensor)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[start : start + chunk_rows])
             if wants_weight:
@@ -76,7 +90,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             else torch.mul(kept.to(grad_output.dtype), grad_output, out=kept.new_empty(kept.shape, dtype=ctx.dtype))
             for kept in ctx.saved_tensors
         )
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _default_chunk_rows(num_rows: int, weight: torch.Tensor) -> int:
@@ -86,11 +100,6 @@ def _default_chunk_rows(num_rows: int, weight: torch.Tensor) -> int:
         most = min(most, CPU_CHUNK_ROWS)
     num_chunks = max(1, math.ceil(num_rows / most))
     return max(1, math.ceil(num_rows / num_chunks))
-
-
-def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply in the factor's float32 and round once: in 16 bits the factor itself would lose digits, or overflow."""
-    return torch.mul(gradient.to(factor.dtype), factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
 def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignore: int) -> torch.Tensor:
@@ -110,6 +119,32 @@ def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignore: int) 
         values.scatter_add_(1, targets, -counted.to(values.dtype))
         block.copy_(values)
     return loss
+
+
+def _divided_loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignore: int, tensor: Axis) -> torch.Tensor:
+    """Do the same with this rank's columns of a chunk's logits; the statistics of a row are those of all columns."""
+    num_rows, num_columns = logits.shape
+    counted, own = labels != ignore, labels - tensor.rank * num_columns
+    is_own = counted & (own >= 0) & (own < num_columns)
+    targets = own.masked_fill(~is_own, 0).unsqueeze(1)  # [C, 1]
+    largest = logits.amax(1, keepdim=True).to(_statistics_dtype(logits))
+    tensor.max_in_place(largest)
+    block_rows = num_rows if logits.is_cuda else max(1, BLOCK_ELEMENTS // num_columns)
+    blocks = [slice(begin, min(begin + block_rows, num_rows)) for begin in range(0, num_rows, block_rows)]
+    buffer = largest.new_empty(min(block_rows, num_rows), num_columns)
+    statistics = largest.new_empty(2, num_rows)  # of each row: the sum of exponentials, the target's value
+    for block in blocks:
+        values = torch.sub(logits[block], largest[block], out=buffer[: block.stop - block.start])  # [R, V]
+        statistics[1, block] = values.gather(1, targets[block]).squeeze(1).masked_fill_(~is_own[block], 0)
+        statistics[0, block] = values.exp_().sum(1)
+    tensor.sum_in_place(statistics)
+    total, target_values = statistics
+    for block in blocks:
+        values = torch.sub(logits[block], largest[block], out=buffer[: block.stop - block.start]).exp_()
+        values *= (counted[block] / total[block]).unsqueeze(1)
+        values.scatter_add_(1, targets[block], -is_own[block].unsqueeze(1).to(values.dtype))
+        logits[block] = values
+    return ((total.log() - target_values) * counted).sum()
 
 
 def _weight_gradient(grad_logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

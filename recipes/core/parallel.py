@@ -1,28 +1,55 @@
 """The live process groups of a run, handed down; no module globals."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from bigbatch.recipes.core.plan import ParallelPlan
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Ranks of the mesh that share one piece of work, and this rank's place among them; one alone needs no group."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def sum_in_place(self, tensor: torch.Tensor) -> None:
+        """Add up a tensor over the axis. Collective: every rank of it must call it."""
+        dist.all_reduce(tensor, group=self.group)
+
+    def max_in_place(self, tensor: torch.Tensor) -> None:
+        """Take the largest of each element over the axis. Collective: every rank of it must call it."""
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+
+
+ALONE = Axis()
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place among the ranks of the run."""
+    """This process's place among the ranks of the run: tensor ranks are neighbours, each line of them a data rank."""
 
     rank: int
     world_size: int
     device: torch.device
+    tensor: Axis = ALONE
+    """The ranks that hold the parts of one model."""
+    data_group: dist.ProcessGroup | None = None
+    """The ranks that hold the same parts as this one; None: all."""
 
     @property
     def data_rank(self) -> int:
         """Which share of the batch this rank takes."""
-        return self.rank
+        return self.rank // self.tensor.size
 
     @property
     def data_ranks(self) -> int:
         """How many ranks share the batch."""
-        return self.world_size
+        return self.world_size // self.tensor.size
 
     @property
     def is_writer(self) -> bool:
@@ -30,6 +57,10 @@ class Mesh:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
+        """Add up each value over the data ranks, each counted once, in float64. Collective: every rank must call it."""
+        return self.sum_of_all(*(values if self.tensor.rank == 0 else (0.0,) * len(values)))
+
+    def sum_of_all(self, *values: float) -> list[float]:
         """Add up each value over all ranks, in float64. Collective: every rank must call it."""
         # MPS has no float64 and NCCL needs device tensors; CPU and CUDA both take this.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -38,20 +69,20 @@ class Mesh:
 
     def sum_in_place(self, tensor: torch.Tensor) -> None:
         """Add up a tensor over the data ranks. Collective: every rank must call it."""
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.data_group)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows [n, ...] of all ranks, one rank's after another's; n may differ.
+        """Return the rows [n, ...] of all data ranks, one's after another's; n may differ.
 
         Collective: every rank must call it.
         """
-        counts = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
-        counts[self.rank] = len(rows)
-        dist.all_reduce(counts)
+        counts = torch.zeros(self.data_ranks, dtype=torch.int64, device=self.device)
+        counts[self.data_rank] = len(rows)
+        dist.all_reduce(counts, group=self.data_group)
         padded = rows.new_zeros(int(counts.max()), *rows.shape[1:], device=self.device)
         padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded)
+        parts = [torch.empty_like(padded) for _ in range(self.data_ranks)]
+        dist.all_gather(parts, padded, group=self.data_group)
         return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
 
     def barrier(self) -> None:
@@ -70,5 +101,20 @@ class Mesh:
 
     def first_text(self, text: str) -> str:
         """Return the text of the lowest rank that has one on every rank, or "". Collective: every rank must call it."""
-        has_text = self.sum(*(float(bool(text) and rank == self.rank) for rank in range(self.world_size)))
+        has_text = self.sum_of_all(*(float(bool(text) and rank == self.rank) for rank in range(self.world_size)))
         return self.broadcast_text(text, has_text.index(1.0)) if any(has_text) else ""
+
+
+def build_mesh(rank: int, plan: ParallelPlan, device: torch.device) -> Mesh:
+    """Make the groups of a plan. Collective: every rank must call it."""
+    if plan.tensor == 1:
+        return Mesh(rank, plan.world_size, device)
+    tensor, data = _group_of(rank, plan.groups("tensor")), _group_of(rank, plan.groups("data"))
+    axis = Axis(plan.coordinates(rank).tensor, plan.tensor, tensor)
+    return Mesh(rank, plan.world_size, device, axis, data)
+
+
+def _group_of(rank: int, groups: list[tuple[int, ...]]) -> Any:
+    """Make all the groups, as every rank has to, and return the one that this rank is in."""
+    made = {ranks: dist.new_group(list(ranks)) for ranks in groups}
+    return next(group for ranks, group in made.items() if rank in ranks)

@@ -17,13 +17,14 @@ import torch.distributed
 from bigbatch.recipes.core.engine import import_deepspeed
 from bigbatch.recipes.core.errors import UserError, as_user_error
 from bigbatch.recipes.core.heartbeat import GONE, death_digest, find_dead, resume_advice, this_rank, write_failure
-from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.parallel import Mesh, build_mesh
+from bigbatch.recipes.core.plan import ParallelPlan
 
 MIN_TIMEOUT_SECONDS = 1800.0
 ECHOES = ("connection closed by peer", "connection reset", "broken pipe", "timed out")
 
 
-def start_mesh(watch_seconds: float | None = None) -> Mesh:
+def start_mesh(watch_seconds: float | None = None, tensor_ranks: int = 1) -> Mesh:
     """Join the process group that the environment describes; alone when it describes none. Collective.
 
     `watch_seconds` is the watchdog's limit: the library's own, which knows less of the cause, comes well after it.
@@ -42,7 +43,8 @@ def start_mesh(watch_seconds: float | None = None) -> Mesh:
     deepspeed = import_deepspeed()
     timeout = timedelta(seconds=max(MIN_TIMEOUT_SECONDS, 2 * (watch_seconds or 0.0)))
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timeout)
-    return Mesh(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    plan = ParallelPlan(data=int(os.environ["WORLD_SIZE"]) // tensor_ranks, tensor=tensor_ranks)
+    return build_mesh(int(os.environ["RANK"]), plan, device)
 
 
 def leave_mesh(mesh: Mesh) -> None:

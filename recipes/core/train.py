@@ -82,7 +82,7 @@ def train(run: Run, mesh: Mesh, stop: StopFlag, phase: dict[str, Any]) -> int:
     data = run.recipe.open_data(run.config)
     _check_figure(run, data)
     phase["phase"] = "model"
-    model = _build_model(run, mesh, data)
+    model = _first_model(run, mesh, data)
     scale = further(run.recipe, "learning_rate_scales")
     engine = Engine(model, run.config, run.deepspeed, mesh, scale(run.config, model) if scale else None)
     phase["phase"] = "restore"
@@ -112,7 +112,13 @@ def _check_figure(run: Run, data: DataSplits) -> None:
         raise UserError("evaluate.best_by", f"{name!r} is not measured; right is one of {', '.join(names)}")
 
 
-def _build_model(run: Run, mesh: Mesh, data: DataSplits) -> nn.Module:
+def build_model(run: Run, mesh: Mesh, facts: dict[str, Any], initialize: bool) -> nn.Module:
+    """Build the run's model, or this tensor rank's share of it."""
+    divided = {"tensor": mesh.tensor} if mesh.tensor.size > 1 else {}
+    return run.recipe.build_model(run.config, facts, initialize=initialize, **divided)
+
+
+def _first_model(run: Run, mesh: Mesh, data: DataSplits) -> nn.Module:
     """Build the model with its first weights, unless a checkpoint is going to overwrite them.
 
     One that starts from a file is held whole while it is read.
@@ -120,8 +126,8 @@ def _build_model(run: Run, mesh: Mesh, data: DataSplits) -> nn.Module:
     torch.manual_seed(run.config.seed)
     goes_on = bool(mesh.broadcast_text("yes" if checkpoint.committed(run.run_dir) else ""))
     reads_a_file = getattr(getattr(run.config, "model", None), "initialize_from", None) and not goes_on
-    with nullcontext() if reads_a_file else partitioned_building(run.deepspeed):
-        return run.recipe.build_model(run.config, data.facts, initialize=not goes_on)
+    with nullcontext() if reads_a_file else partitioned_building(run.deepspeed, mesh):
+        return build_model(run, mesh, data.facts, initialize=not goes_on)
 
 
 def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[str, Any]) -> bool:
@@ -147,7 +153,9 @@ def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[st
         begin = time.monotonic()
         batches, order_hash = _next_batches(config, data.train, state, mesh)
         own_targets = sum(run.recipe.count_targets(batch) for batch in batches)
-        num_targets, stops, failed = mesh.sum(own_targets, float(bool(stop.signal_name)), float(saver.has_failed))
+        own_targets *= mesh.tensor.rank == 0  # each data rank's count once
+        flags = float(bool(stop.signal_name)), float(saver.has_failed)
+        num_targets, stops, failed = mesh.sum_of_all(own_targets, *flags)
         if failed:
             phase.update(phase="save")
             saver.wait()

@@ -1,6 +1,6 @@
 """The run document of the GPT recipe."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from bigbatch.recipes.core.config import (
     Fraction,
@@ -29,6 +29,7 @@ class SampleSection(Section):
 class GptConfig(RunConfig):
     """Train a decoder to predict the next token."""
 
+    axes: ClassVar[tuple[str, ...]] = ("tensor",)
     recipe: Literal["gpt"] = "gpt"
     model: DecoderSection = DecoderSection()
     data: TokenDataSection

@@ -20,7 +20,7 @@ from bigbatch.recipes.core.models.decoder import (
     hugging_face_tensors,
     load_hugging_face,
 )
-from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.parallel import ALONE, Axis, Mesh
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss
 from bigbatch.recipes.core.train import Run
 from bigbatch.recipes.gpt.config import GptConfig
@@ -50,9 +50,9 @@ def open_data(config: GptConfig) -> DataSplits:
     return DataSplits(train, validation, facts)
 
 
-def build_model(config: GptConfig, facts: dict[str, Any], initialize: bool = True) -> Decoder:
+def build_model(config: GptConfig, facts: dict[str, Any], initialize: bool = True, tensor: Axis = ALONE) -> Decoder:
     """Build the decoder: first weights, or those of a Hugging Face folder."""
-    model = Decoder(config.model, facts["vocabulary_size"])
+    model = Decoder(config.model, facts["vocabulary_size"], tensor)
     if initialize and config.model.initialize_from:
         load_hugging_face(model, Path(config.model.initialize_from))
     return model

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from bigbatch.recipes.core.config import PositiveFloat, PositiveInt, Section
+from bigbatch.recipes.core.errors import UserError
 
 
 class DecoderSection(Section):
@@ -111,6 +112,13 @@ class EncoderSection(Section):
         return self.feed_forward_size or 4 * self.hidden_size
 
 
-def padded_vocabulary(vocabulary_size: int, section: DecoderSection | EncoderSection) -> int:
-    """Return the embedding's number of rows for a tokenizer's vocabulary."""
-    return -(-vocabulary_size // section.vocabulary_multiple) * section.vocabulary_multiple
+def padded_vocabulary(vocabulary_size: int, section: DecoderSection | EncoderSection, tensor_ranks: int = 1) -> int:
+    """Return the embedding's number of rows for a tokenizer's vocabulary; raise UserError if they do not divide."""
+    rows = -(-vocabulary_size // section.vocabulary_multiple) * section.vocabulary_multiple
+    if rows % tensor_ranks:
+        raise UserError(
+            "model.vocabulary_multiple",
+            f"{section.vocabulary_multiple} makes {rows} rows of {vocabulary_size} tokens, which do not divide over "
+            f"parallel.tensor {tensor_ranks}; right would be a multiple of {tensor_ranks}",
+        )
+    return rows

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layers import (
+    ColumnLinear,
     Embedding,
-    Linear,
     RMSNorm,
+    RowLinear,
     attend,
     attention_mask,
     count_positions,
@@ -30,6 +31,8 @@ from bigbatch.recipes.core.layers import (
 from bigbatch.recipes.core.loss import chunked_cross_entropy
 from bigbatch.recipes.core.models.config import DecoderSection, padded_vocabulary
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
+from bigbatch.recipes.core.parallel import ALONE, Axis
+from bigbatch.recipes.core.tensor_parallel import copy_in, gather_out, own_random_numbers
 
 
 class Context(NamedTuple):
@@ -44,16 +47,20 @@ class Decoder(nn.Module):
     """A decoder with its language-model head over `vocabulary_size` tokens; the embedding's padding stays inside.
 
     Weights are drawn as GPT-2's: normal, those that write into the residual stream smaller by sqrt(2 * num_layers).
-    `named_parameters` names a tied embedding once, `embed.tokens.weight`.
+    `named_parameters` names a tied embedding once, `embed.tokens.weight`. Over tensor ranks each has its share of the
+    heads, of the inner units and of the vocabulary, drawn as a part of the whole; hidden states and logits are
+    replicated, and every tensor rank must call the model with the same tokens.
     """
 
-    def __init__(self, section: DecoderSection, vocabulary_size: int) -> None:
+    def __init__(self, section: DecoderSection, vocabulary_size: int, tensor: Axis = ALONE) -> None:
+        """Build it; raise UserError where the vocabulary does not divide over the tensor ranks."""
         super().__init__()
         self.section = section
         self.vocabulary_size = vocabulary_size
-        self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section))
-        self.blocks = nn.ModuleList(Block(section, index) for index in range(section.num_layers))
-        self.head = LanguageModelHead(section, vocabulary_size, self.embed.tokens if section.tie_embeddings else None)
+        self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section, tensor.size), tensor)
+        self.blocks = nn.ModuleList(Block(section, index, tensor) for index in range(section.num_layers))
+        tied = self.embed.tokens if section.tie_embeddings else None
+        self.head = LanguageModelHead(section, vocabulary_size, tied, tensor)
 
     def forward(
         self,
@@ -112,9 +119,9 @@ class Decoder(nn.Module):
 class InputEmbedding(nn.Module):
     """Token vectors, with GPT-2's learned positions added."""
 
-    def __init__(self, section: DecoderSection, num_rows: int) -> None:
+    def __init__(self, section: DecoderSection, num_rows: int, tensor: Axis) -> None:
         super().__init__()
-        self.tokens = Embedding(num_rows, section.hidden_size, section.initializer_range)
+        self.tokens = Embedding(num_rows, section.hidden_size, section.initializer_range, tensor)
         if section.family == "gpt2":
             self.positions = Embedding(section.max_positions, section.hidden_size, section.initializer_range)
         else:
@@ -132,12 +139,13 @@ class InputEmbedding(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each normed before and added to the residual stream."""
 
-    def __init__(self, section: DecoderSection, index: int) -> None:
+    def __init__(self, section: DecoderSection, index: int, tensor: Axis) -> None:
         super().__init__()
         self.attention_norm = _norm(section)
-        self.attention = Attention(section, index)
+        self.attention = Attention(section, index, tensor)
         self.feed_forward_norm = _norm(section)
-        self.feed_forward = GeluFeedForward(section) if section.family == "gpt2" else GatedFeedForward(section)
+        feed_forward = GeluFeedForward if section.family == "gpt2" else GatedFeedForward
+        self.feed_forward = feed_forward(section, tensor)
         self.dropout = nn.Dropout(section.dropout)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
@@ -147,19 +155,22 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; the rows of `qkv` are all query heads, then the keys', then the values'."""
+    """Causal self-attention; the rows of `qkv` are all query heads, then the keys', then the values'.
 
-    def __init__(self, section: DecoderSection, index: int) -> None:
+    Of each kind a tensor rank has its share, and its dropout is its own.
+    """
+
+    def __init__(self, section: DecoderSection, index: int, tensor: Axis) -> None:
         super().__init__()
-        self.index = index
-        self.num_heads = section.num_heads
-        self.num_key_value_heads = section.key_value_heads
+        self.index, self.tensor = index, tensor
+        self.num_heads = section.num_heads // tensor.size
+        self.num_key_value_heads = section.key_value_heads // tensor.size
         self.head_size = section.head_size
         self.dropout = section.dropout
-        bias = section.family == "gpt2"
-        rows = (section.num_heads + 2 * section.key_value_heads) * section.head_size
-        self.qkv = Linear(section.hidden_size, rows, bias, section.initializer_range)
-        self.out = Linear(section.hidden_size, section.hidden_size, bias, _residual_deviation(section))
+        bias, size = section.family == "gpt2", section.hidden_size
+        key_rows = section.key_value_heads * section.head_size
+        self.qkv = ColumnLinear(size, (size, key_rows, key_rows), bias, section.initializer_range, tensor)
+        self.out = RowLinear(size, size, bias, _residual_deviation(section), tensor)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         """Mix the hidden states [B, T, D] of a row's tokens."""
@@ -174,16 +185,19 @@ class Attention(nn.Module):
             key, value = context.cache.append(self.index, key, value)
         is_causal = context.mask is None and query.shape[1] == key.shape[1] > 1
         dropout = self.dropout if self.training else 0.0
-        return self.out(attend(query, key, value, context.mask, is_causal, dropout))
+        with own_random_numbers(self.tensor, query.device, wanted=dropout > 0):
+            mixed = attend(query, key, value, context.mask, is_causal, dropout)
+        return self.out(mixed)
 
 
 class GeluFeedForward(nn.Module):
     """GPT-2's feed-forward layer."""
 
-    def __init__(self, section: DecoderSection) -> None:
+    def __init__(self, section: DecoderSection, tensor: Axis) -> None:
         super().__init__()
-        self.up = Linear(section.hidden_size, section.inner_size, True, section.initializer_range)
-        self.down = Linear(section.inner_size, section.hidden_size, True, _residual_deviation(section))
+        size, inner = section.hidden_size, section.inner_size
+        self.up = ColumnLinear(size, (inner,), True, section.initializer_range, tensor)
+        self.down = RowLinear(inner, size, True, _residual_deviation(section), tensor)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states [B, T, D] one by one."""
@@ -193,10 +207,11 @@ class GeluFeedForward(nn.Module):
 class GatedFeedForward(nn.Module):
     """Llama's feed-forward layer, SwiGLU (https://arxiv.org/abs/2002.05202); `gate_up` has the gate's rows first."""
 
-    def __init__(self, section: DecoderSection) -> None:
+    def __init__(self, section: DecoderSection, tensor: Axis) -> None:
         super().__init__()
-        self.gate_up = Linear(section.hidden_size, 2 * section.inner_size, False, section.initializer_range)
-        self.down = Linear(section.inner_size, section.hidden_size, False, _residual_deviation(section))
+        size, inner = section.hidden_size, section.inner_size
+        self.gate_up = ColumnLinear(size, (inner, inner), False, section.initializer_range, tensor)
+        self.down = RowLinear(inner, size, False, _residual_deviation(section), tensor)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states [B, T, D] one by one."""
@@ -207,22 +222,27 @@ class GatedFeedForward(nn.Module):
 class LanguageModelHead(nn.Module):
     """The last norm and the logits; it makes the loss too, for this is where ZeRO-3 gathers the (tied) weight."""
 
-    def __init__(self, section: DecoderSection, vocabulary_size: int, tied: Embedding | None) -> None:
+    def __init__(self, section: DecoderSection, vocabulary_size: int, tied: Embedding | None, tensor: Axis) -> None:
         super().__init__()
-        self.vocabulary_size = vocabulary_size
+        self.vocabulary_size, self.tensor = vocabulary_size, tensor
         self.norm = _norm(section)
         if tied is None:
-            num_rows = padded_vocabulary(vocabulary_size, section)
-            tied = Embedding(num_rows, section.hidden_size, section.initializer_range)
+            num_rows = padded_vocabulary(vocabulary_size, section, tensor.size)
+            tied = Embedding(num_rows, section.hidden_size, section.initializer_range, tensor)
         self.weight = tied.weight
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the logits [B, T, V] of hidden states [B, T, D], or the loss summed over labels [B, T]."""
         hidden = self.norm(hidden)
         if labels is None:
-            return F.linear(hidden, self.weight)[..., : self.vocabulary_size]
+            logits = F.linear(copy_in(hidden, self.tensor), self.weight)
+            return gather_out(logits, self.tensor)[..., : self.vocabulary_size]
         return chunked_cross_entropy(
-            hidden.flatten(0, 1), self.weight, labels.flatten(), num_classes=self.vocabulary_size
+            hidden.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            num_classes=self.vocabulary_size,
+            tensor=self.tensor,
         )
 
 
@@ -235,7 +255,8 @@ class KeyValueCache:
 
     def __init__(self, model: Decoder, num_rows: int, max_length: int, padding: torch.Tensor | None = None) -> None:
         section, weight = model.section, model.head.weight
-        shape = (section.num_layers, 2, num_rows, section.key_value_heads, max_length, section.head_size)
+        heads = section.key_value_heads // model.head.tensor.size
+        shape = (section.num_layers, 2, num_rows, heads, max_length, section.head_size)
         self.states = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [layers, 2, B, K, S, E]
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self.last_position = section.max_positions - 1

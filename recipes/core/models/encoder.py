@@ -18,17 +18,22 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layers import (
+    ColumnLinear,
     Embedding,
     Linear,
+    RowLinear,
     attend,
     attention_mask,
     count_positions,
     rotary_table,
     rotate,
 )
+from bigbatch.recipes.core.layout import mark, split
 from bigbatch.recipes.core.loss import chunked_cross_entropy
 from bigbatch.recipes.core.models.config import EncoderSection, padded_vocabulary
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
+from bigbatch.recipes.core.parallel import ALONE, Axis
+from bigbatch.recipes.core.tensor_parallel import copy_in, gather_out, own_random_numbers
 
 
 class Context(NamedTuple):
@@ -42,15 +47,19 @@ class MaskedLanguageModel(nn.Module):
     """An encoder with the head that fills in masked tokens; the embedding's padding stays inside.
 
     With `has_pairs` also with the head that tells whether the two segments of a row belong together.
-    `named_parameters` names the tied embedding once, `encoder.embed.tokens.weight`.
+    `named_parameters` names the tied embedding once, `encoder.embed.tokens.weight`. Over tensor ranks each has its
+    share of the heads, of the inner units and of the vocabulary, drawn as a part of the whole; all else is replicated.
     """
 
-    def __init__(self, section: EncoderSection, vocabulary_size: int, has_pairs: bool = False) -> None:
+    def __init__(
+        self, section: EncoderSection, vocabulary_size: int, has_pairs: bool = False, tensor: Axis = ALONE
+    ) -> None:
+        """Build it; raise UserError where the vocabulary does not divide over the tensor ranks."""
         super().__init__()
         self.section, self.has_pairs = section, has_pairs
         self.vocabulary_size = vocabulary_size
-        self.encoder = Encoder(section, vocabulary_size)
-        self.head = FillHead(section, vocabulary_size, self.encoder.embed.tokens)
+        self.encoder = Encoder(section, vocabulary_size, tensor)
+        self.head = FillHead(section, vocabulary_size, self.encoder.embed.tokens, tensor)
         if has_pairs:
             self.pooler = Pooler(section)
             self.pair_head = Linear(section.hidden_size, 2, True, section.initializer_range)
@@ -85,11 +94,11 @@ class MaskedLanguageModel(nn.Module):
 class Encoder(nn.Module):
     """The layers without a head; weights are drawn as BERT's, normal with `initializer_range`."""
 
-    def __init__(self, section: EncoderSection, vocabulary_size: int) -> None:
+    def __init__(self, section: EncoderSection, vocabulary_size: int, tensor: Axis = ALONE) -> None:
         super().__init__()
         self.section = section
-        self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section))
-        self.blocks = nn.ModuleList(Block(section) for _ in range(section.num_layers))
+        self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section, tensor.size), tensor)
+        self.blocks = nn.ModuleList(Block(section, tensor) for _ in range(section.num_layers))
         self.norm = _norm(section) if section.norm == "pre" else nn.Identity()
 
     def forward(
@@ -130,10 +139,10 @@ class Encoder(nn.Module):
 class InputEmbedding(nn.Module):
     """The sum of token, segment and absolute position vectors, normed in the post-norm form."""
 
-    def __init__(self, section: EncoderSection, num_rows: int) -> None:
+    def __init__(self, section: EncoderSection, num_rows: int, tensor: Axis) -> None:
         super().__init__()
         size, deviation = section.hidden_size, section.initializer_range
-        self.tokens = Embedding(num_rows, size, deviation)
+        self.tokens = Embedding(num_rows, size, deviation, tensor)
         self.segments = Embedding(section.num_segments, size, deviation)
         is_absolute = section.positions == "absolute"
         self.positions = Embedding(section.max_positions, size, deviation) if is_absolute else None
@@ -151,12 +160,12 @@ class InputEmbedding(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each added to what entered it, and a norm behind or before each."""
 
-    def __init__(self, section: EncoderSection) -> None:
+    def __init__(self, section: EncoderSection, tensor: Axis) -> None:
         super().__init__()
         self.is_post_norm = section.norm == "post"
-        self.attention = Attention(section)
+        self.attention = Attention(section, tensor)
         self.attention_norm = _norm(section)
-        self.feed_forward = FeedForward(section)
+        self.feed_forward = FeedForward(section, tensor)
         self.feed_forward_norm = _norm(section)
         self.dropout = nn.Dropout(section.dropout)
 
@@ -170,14 +179,18 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention in both directions; the rows of `qkv` are all query heads, then the keys', then the values'."""
+    """Self-attention in both directions; the rows of `qkv` are all query heads, then the keys', then the values'.
 
-    def __init__(self, section: EncoderSection) -> None:
+    Of each kind a tensor rank has its share, and its dropout is its own.
+    """
+
+    def __init__(self, section: EncoderSection, tensor: Axis) -> None:
         super().__init__()
-        self.num_heads, self.head_size, self.dropout = section.num_heads, section.head_size, section.dropout
+        self.tensor, self.num_heads = tensor, section.num_heads // tensor.size
+        self.head_size, self.dropout = section.head_size, section.dropout
         size = section.hidden_size
-        self.qkv = Linear(size, 3 * size, True, section.initializer_range)
-        self.out = Linear(size, size, True, section.initializer_range)
+        self.qkv = ColumnLinear(size, (size, size, size), True, section.initializer_range, tensor)
+        self.out = RowLinear(size, size, True, section.initializer_range, tensor)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         """Mix the hidden states [B, T, D] of a row's tokens."""
@@ -185,16 +198,19 @@ class Attention(nn.Module):
         if context.rotary is not None:
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         dropout = self.dropout if self.training else 0.0
-        return self.out(attend(query, key, value, context.mask, False, dropout))
+        with own_random_numbers(self.tensor, query.device, wanted=dropout > 0):
+            mixed = attend(query, key, value, context.mask, False, dropout)
+        return self.out(mixed)
 
 
 class FeedForward(nn.Module):
     """BERT's feed-forward layer, with the exact GELU."""
 
-    def __init__(self, section: EncoderSection) -> None:
+    def __init__(self, section: EncoderSection, tensor: Axis) -> None:
         super().__init__()
-        self.up = Linear(section.hidden_size, section.inner_size, True, section.initializer_range)
-        self.down = Linear(section.inner_size, section.hidden_size, True, section.initializer_range)
+        size, inner = section.hidden_size, section.inner_size
+        self.up = ColumnLinear(size, (inner,), True, section.initializer_range, tensor)
+        self.down = RowLinear(inner, size, True, section.initializer_range, tensor)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states [B, T, D] one by one."""
@@ -204,21 +220,30 @@ class FeedForward(nn.Module):
 class FillHead(nn.Module):
     """A layer of its own, then the logits; it makes the loss too, for this is where ZeRO-3 gathers the tied weight."""
 
-    def __init__(self, section: EncoderSection, vocabulary_size: int, tied: Embedding) -> None:
+    def __init__(self, section: EncoderSection, vocabulary_size: int, tied: Embedding, tensor: Axis) -> None:
         super().__init__()
-        self.vocabulary_size = vocabulary_size
+        self.vocabulary_size, self.tensor = vocabulary_size, tensor
         self.transform = Linear(section.hidden_size, section.hidden_size, True, section.initializer_range)
         self.norm = _norm(section)
         self.weight = tied.weight
-        self.bias = nn.Parameter(torch.zeros(padded_vocabulary(vocabulary_size, section)))
+        rows = padded_vocabulary(vocabulary_size, section)
+        self.bias = nn.Parameter(torch.zeros(rows // tensor.size))
+        if tensor.size > 1:
+            mark(self.bias, split((rows,), 0, (rows,), tensor.rank, tensor.size))
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the logits [B, T, V] of hidden states [B, T, D], or the loss summed over labels [B, T]."""
         hidden = self.norm(F.gelu(self.transform(hidden)))
         if labels is None:
-            return F.linear(hidden, self.weight, self.bias)[..., : self.vocabulary_size]
+            logits = F.linear(copy_in(hidden, self.tensor), self.weight, self.bias)
+            return gather_out(logits, self.tensor)[..., : self.vocabulary_size]
         return chunked_cross_entropy(
-            hidden.flatten(0, 1), self.weight, labels.flatten(), num_classes=self.vocabulary_size, bias=self.bias
+            hidden.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            num_classes=self.vocabulary_size,
+            bias=self.bias,
+            tensor=self.tensor,
         )
 
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.layout import logical_shape, share_of
 
 
 class Piece(NamedTuple):
@@ -28,7 +29,7 @@ def to_hugging_face(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
 
 
 def from_hugging_face(
-    pieces: Iterable[Piece], read: Callable[[str], torch.Tensor], shape: torch.Size, where: str = ""
+    pieces: Iterable[Piece], read: Callable[[str], torch.Tensor], shape: tuple[int, ...], where: str = ""
 ) -> torch.Tensor:
     """Put our tensor together from its pieces; rows that none of them has (a padded vocabulary) are zero."""
     tensor = None
@@ -84,7 +85,7 @@ class WeightFolder:
 def load_pieces(
     model: nn.Module, table: dict[str, list[Piece]], weights: WeightFolder, derived: tuple[str, ...] = ()
 ) -> None:
-    """Fill a model's parameters, one at a time.
+    """Fill a model's parameters, one at a time, those of a tensor rank with their shares.
 
     Stored tensors whose names end with one of `derived` follow from others and are not read. Raises UserError at a
     name that is missing or left over, and at a shape that differs.
@@ -98,7 +99,9 @@ def load_pieces(
         raise UserError(where, f"holds {extra[0]!r}, one of {len(extra)} tensors that the model does not have")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(from_hugging_face(table[name], weights.read, parameter.shape, where))
+            share = share_of(parameter)
+            whole = from_hugging_face(table[name], weights.read, logical_shape(parameter), where)
+            parameter.copy_(share.cut(whole) if share else whole)
 
 
 def read_json(path: Path) -> dict[str, Any]:
