@@ -214,7 +214,8 @@ def hang_digest(run_dir: Path, ranks: list[Heartbeat], limit_seconds: float) -> 
     elif len(ranks) == 1:
         what = f"it is in {behind.stack[0]}"
     elif len({_progress(beat) for beat in ranks}) == 1:
-        what = "no rank is behind: all wait for one another, or for the network"
+        place = "all wait in a collective" if behind.in_collective else f"rank {behind.rank} is in {behind.stack[0]}"
+        what = f"no rank is behind; {place}"
     else:
         what += f", in {behind.stack[0] if behind.stack else behind.phase}"
     return {

@@ -126,7 +126,8 @@ def test_a_call_that_keeps_the_interpreter_from_the_watchdog_is_ended_from_below
 def test_ranks_that_all_hang_alike_accuse_none(case):
     _, statuses, _, failure = case("waiting")
     assert statuses == [1, 1]
-    assert "no rank is behind" in failure["exception"]
+    assert "no rank is behind; rank 0 is in" in failure["exception"]
+    assert failure["exception"].endswith("waiting")
 
 
 @pytest.mark.parametrize("name", ["slow", "suspended"])
@@ -158,6 +159,11 @@ def test_the_rank_that_the_others_wait_for_is_the_one_behind(tmp_path, rank, cha
     digest = watchdog.hang_digest(tmp_path, ranks, 60.0)
     assert (digest["rank"], digest["pid"]) == (rank, 100 + rank)
     assert "is behind the others" in digest["exception"]
+
+
+def test_ranks_that_all_wait_in_the_same_collective_accuse_none(tmp_path):
+    digest = watchdog.hang_digest(tmp_path, [beat(0), beat(1)], 60.0)
+    assert digest["exception"].endswith("no rank is behind; all wait in a collective")
 
 
 def test_a_rank_alone_says_where_it_hangs(tmp_path):
