@@ -125,11 +125,15 @@ class Saver:
         if self._buffer.numel() != size:
             self._buffer = torch.empty(0)  # gone before the next one comes
             self._buffer = torch.empty(size, pin_memory=on_gpu)
-        copies = []
-        for part in parts:
-            copy = self._buffer[end : end + part.values.numel()]
-            copies.append(part._replace(values=copy.copy_(part.values, non_blocking=True)))
-            end += copy.numel()
+        copies = list(parts)
+        for run in _side_by_side(parts):
+            first = end
+            for index in run:
+                length = parts[index].values.numel()
+                copies[index] = parts[index]._replace(values=self._buffer[end : end + length])
+                end += length
+            source = parts[run[0]].values.as_strided((end - first,), (1,))
+            self._buffer[first:end].copy_(source, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
         return copies
@@ -137,6 +141,21 @@ class Saver:
     def _write(self, parts: list[Part], state: dict[str, Any]) -> tuple[Path, float]:
         folder = write(self._run_dir, self._engine.config, self._mesh, self._first_text, parts, state)
         return folder, time.perf_counter()
+
+
+def _side_by_side(parts: list[Part]) -> list[list[int]]:
+    """Group parts that follow each other in memory: one copy of much is several times as fast as many of little."""
+    starts = [part.values.data_ptr() for part in parts]
+    runs: list[list[int]] = []
+    end = storage = -1
+    for index in sorted(range(len(parts)), key=starts.__getitem__):
+        values = parts[index].values
+        same_storage = values.untyped_storage().data_ptr() == storage
+        if starts[index] != end or not same_storage:
+            runs.append([])
+        runs[-1].append(index)
+        end, storage = starts[index] + values.nbytes, values.untyped_storage().data_ptr()
+    return runs
 
 
 def _first_text(text: str, mesh: Mesh, group: Any) -> str:
