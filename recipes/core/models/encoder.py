@@ -160,7 +160,7 @@ class InputEmbedding(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each added to what entered it, and a norm behind or before each."""
 
-    def __init__(self, section: EncoderSection, tensor: Axis) -> None:
+    def __init__(self, section: EncoderSection, tensor: Axis = ALONE) -> None:
         super().__init__()
         self.is_post_norm = section.norm == "post"
         self.attention = Attention(section, tensor)
