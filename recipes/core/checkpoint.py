@@ -5,6 +5,8 @@ manifest names every logical tensor (name, shape) and where its pieces lie: file
 optimizer), first element and length in the flattened tensor; and where a tensor rank had but a share of it, what share:
 [dim, [[begin, end], ...]], the piece being a range of these rows or columns put together. It is written last, by
 rename, after all shards are on disk: a folder without a manifest that verifies does not exist.
+
+Longer than other files: what is written and how it is read back are one contract.
 """
 
 import json
