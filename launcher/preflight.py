@@ -17,15 +17,16 @@ from typing import IO, Any, Literal, NamedTuple
 from bigbatch.launcher.predict import Start, checkpoint_bytes, count_parameters, look_at_start, vocabulary_size
 from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
 from bigbatch.launcher.resolve import Resolved, resolve
-from bigbatch.recipes.core.batch import check_batch
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
 from bigbatch.recipes.core.data.sources import SourceFile, archive_and_member, is_local, list_files
+from bigbatch.recipes.core.engine_config import complete
 from bigbatch.recipes.core.errors import UserError, one_line
 
 SPLITS = ("train", "validation", "test")
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly
 COUNTED_BYTES = 2**26  # rows of more are not counted: that would be seconds
 HEAD_BYTES = 2**20
+_BATCH_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 RUNS = Path("runs")
 
 
@@ -53,9 +54,9 @@ def check_run(run: str, overrides: Sequence[str], ranks: int, run_dir: Path = RU
 
 
 def check(resolved: Resolved, ranks: int, run_dir: Path = RUNS) -> list[Finding]:
-    """Check a resolved run for this many data ranks against this machine: errors first, derived numbers last."""
+    """Check a resolved run for this many ranks (processes) against this machine: errors first, derived numbers last."""
     config: Any = resolved.config
-    findings = [*_batch(config, ranks), *_data(config), *_model_files(config), *_devices(config, resolved.deepspeed)]
+    findings = [*_batch(resolved, ranks), *_data(config), *_model_files(config), *_devices(config, resolved.deepspeed)]
     # The numbers begin with the size of the vocabulary and of the model to start from.
     known = all(finding.rule not in ("tokenizer", "weights") for finding in findings)
     parameters = _parameters(config) if known else None
@@ -90,14 +91,17 @@ def _document_finding(problem: Problem) -> Finding:
     return Finding("document", "error", one_line(problem.where), one_line(problem.message))
 
 
-def _batch(config: RunConfig, ranks: int) -> Iterator[Finding]:
+def _batch(resolved: Resolved, ranks: int) -> Iterator[Finding]:
     try:
-        plan = check_batch(config.batch, ranks)
+        plan = complete(resolved.config, resolved.deepspeed, ranks)
     except UserError as error:
         yield Finding("batch", "error", error.where, error.message)
         return
-    algebra = f"{plan.micro_size} a forward pass x {plan.accumulation_steps} accumulated x {ranks} ranks"
-    yield Finding("batch", "info", "batch.global_size", f"{plan.global_size} samples = {algebra}")
+    size, micro_size, accumulated = plan["train_batch_size"], *(plan[key] for key in _BATCH_KEYS)
+    data_ranks = size // (micro_size * accumulated)
+    shared = "ranks" if data_ranks == ranks else f"data ranks ({ranks} ranks)"
+    algebra = f"{micro_size} a forward pass x {accumulated} accumulated x {data_ranks} {shared}"
+    yield Finding("batch", "info", "batch.global_size", f"{size} samples = {algebra}")
 
 
 def _data(config: Any) -> Iterator[Finding]:
