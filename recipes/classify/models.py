@@ -120,21 +120,19 @@ def build_classifier(config: ClassifyConfig, facts: dict[str, Any], initialize: 
     """Build the model that the facts describe; its first weights come from where the document says."""
     section, size, labels = config.model, facts["vocabulary_size"], facts["labels"]
     objective = Objective(config.data.multi_label, config.objective.label_smoothing, facts.get("class_weights"))
-    source = Path(section.initialize_from or "").expanduser() if section.backbone == "encoder" else Path()
-    is_given = initialize and section.backbone == "encoder" and bool(section.initialize_from)
-    if facts.get("hugging_face"):
-        folder, keep_head = (source, section.keep_head) if is_given else (None, False)
-        other = build_other(facts["hugging_face"], folder, labels, config.data.multi_label, keep_head)
-        return OtherClassifier(other, objective)
     if section.backbone == "attention":
         backbone: nn.Module = AttentionBackbone(section, size, config.data.sequence_length)
         return Classifier(backbone, len(labels), section.dropout, objective)
     if section.backbone == "rnn":
         return Classifier(RecurrentBackbone(section, size), len(labels), 0.0, objective)
+    source = Path(section.initialize_from).expanduser() if section.initialize_from and initialize else None
+    if facts.get("hugging_face"):
+        other = build_other(facts["hugging_face"], source, labels, config.data.multi_label, section.keep_head)
+        return OtherClassifier(other, objective)
     shape = EncoderSection.model_validate(facts["encoder"])
     backbone = EncoderBackbone(shape, size, section.pooling)
     model = Classifier(backbone, len(labels), section.head_dropout, objective)
-    if is_given:
+    if source:
         _start(model, section, source, shape, size, labels)
     _freeze(backbone, section)
     return model

@@ -6,7 +6,7 @@ other folder that transformers' AutoModelForSequenceClassification opens.
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -151,6 +151,6 @@ def label_tables(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
     return dict(enumerate(labels)), {label: index for index, label in enumerate(labels)}
 
 
-def problem_type(multi_label: bool) -> str:
+def problem_type(multi_label: bool) -> Literal["multi_label_classification", "single_label_classification"]:
     """Return how transformers calls the loss."""
     return "multi_label_classification" if multi_label else "single_label_classification"

@@ -207,8 +207,7 @@ def _read_stdlib(file: SourceFile, columns: Columns) -> Iterator[Row]:
 def _read_docstrings(file: SourceFile, columns: Columns) -> Iterator[Row]:
     _require(columns, [TEXT_COLUMN, KIND_COLUMN], file.path)
     for number, found in enumerate(stdlib_docstrings(Path(file.path)), 1):
-        values = dict(zip((TEXT_COLUMN, KIND_COLUMN), found, strict=True))
-        yield Row({name: values[name] for name in columns}, f"{file.path}:{number}", 1.0)
+        yield Row(dict(zip((TEXT_COLUMN, KIND_COLUMN), found, strict=True)), f"{file.path}:{number}", 1.0)
 
 
 def _read_hugging_face(file: SourceFile, columns: Columns) -> Iterator[Row]:
