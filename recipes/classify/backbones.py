@@ -11,6 +11,7 @@ many it has.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -20,13 +21,15 @@ from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Block, Context
 
 INITIALIZER_RANGE = 0.02
+EMBEDDING_RANGE = 0.1
 
 
 class AttentionBackbone(nn.Module):
     """Self-attention layers over embeddings, none where `num_layers` is 0, and learned queries that gather the states.
 
     The layers are pre-norm with rotary positions: a small data set has too few long texts to learn a vector for each
-    position.
+    position. Without layers there is no norm either: it would make the noise of a rare token's first vector as loud as
+    what a frequent one has learned.
     """
 
     def __init__(self, section: AttentionBackboneSection, vocabulary_size: int, sequence_length: int) -> None:
@@ -42,17 +45,16 @@ class AttentionBackbone(nn.Module):
         )
         self.shape = shape
         self.feature_size = section.embedding_size
-        self.embed = Embedding(vocabulary_size, section.embedding_size, INITIALIZER_RANGE)
-        self.embedding_dropout = nn.Dropout(section.embedding_dropout)
+        self.embed = TokenEmbedding(section, vocabulary_size)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(section.num_layers))
-        self.norm = nn.LayerNorm(section.embedding_size)
+        self.norm = nn.LayerNorm(section.embedding_size) if section.num_layers else nn.Identity()
         self.pool = AttentionPooling(section.embedding_size, section.num_heads)
 
     def forward(
         self, tokens: torch.Tensor, documents: torch.Tensor, firsts: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """Return the features [W, D] of windows that lie in tokens [R, T]."""
-        hidden = self.embedding_dropout(self.embed(tokens))
+        hidden = self.embed(tokens, documents)
         if self.blocks:
             context = self._context(hidden, count_positions(tokens, documents), documents)
             for block in self.blocks:
@@ -62,6 +64,30 @@ class AttentionBackbone(nn.Module):
     def _context(self, hidden: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor) -> Context:
         rotary = rotary_table(positions, self.shape.head_size, self.shape.rope_theta, hidden.dtype)
         return Context(rotary, attention_mask(documents.unsqueeze(1) == documents.unsqueeze(2), hidden.dtype))
+
+
+class TokenEmbedding(nn.Module):
+    """A vector for each token, and one for each pair of neighbours in a window where there are buckets for them.
+
+    Pairs share the buckets by a hash, as in fastText (https://arxiv.org/abs/1607.01759, section 2.2).
+    """
+
+    def __init__(self, section: AttentionBackboneSection | RecurrentBackboneSection, vocabulary_size: int) -> None:
+        super().__init__()
+        size, self.num_buckets = section.embedding_size, section.bigram_buckets
+        self.tokens = Embedding(vocabulary_size, size, EMBEDDING_RANGE)
+        self.bigrams = Embedding(self.num_buckets, size, EMBEDDING_RANGE) if self.num_buckets else None
+        self.dropout = nn.Dropout(section.embedding_dropout)
+
+    def forward(self, tokens: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        """Return vectors [R, T, D] of tokens [R, T]; a pair's is added at its second token."""
+        hidden = self.tokens(tokens)
+        if self.bigrams is not None:
+            before, after = tokens[:, :-1], tokens[:, 1:]
+            buckets = (before * 1_000_003 + after * 7_919) % 2_147_483_647 % self.num_buckets
+            is_pair = documents[:, :-1] == documents[:, 1:]
+            hidden = hidden + F.pad(self.bigrams(buckets) * is_pair.unsqueeze(-1), (0, 0, 1, 0))
+        return self.dropout(hidden)
 
 
 class AttentionPooling(nn.Module):
@@ -98,8 +124,7 @@ class RecurrentBackbone(nn.Module):
         super().__init__()
         self.pooling = section.pooling
         self.feature_size = section.hidden_size * (2 if section.bidirectional else 1)
-        self.embed = Embedding(vocabulary_size, section.embedding_size, INITIALIZER_RANGE)
-        self.embedding_dropout = nn.Dropout(section.embedding_dropout)
+        self.embed = TokenEmbedding(section, vocabulary_size)
         self.layers = (LSTM if section.cell == "lstm" else GRU)(
             section.embedding_size,
             section.hidden_size,
@@ -114,8 +139,9 @@ class RecurrentBackbone(nn.Module):
         self, tokens: torch.Tensor, documents: torch.Tensor, firsts: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """Return the features [W, F] of windows that have a row of tokens [W, T] each."""
-        hidden = self.embedding_dropout(self.embed(tokens))
-        packed = pack_padded_sequence(hidden, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(
+            self.embed(tokens, documents), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
         outputs, final = self.layers(packed)
         return self.dropout(self._pool(outputs, final))
 

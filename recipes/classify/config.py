@@ -1,8 +1,8 @@
 """The run document of text classification."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bigbatch.recipes.core.config import (
     CleanSection,
@@ -93,10 +93,25 @@ class AttentionBackboneSection(Section):
 
     backbone: Literal["attention"]
     embedding_size: PositiveInt = 128
+    """Also the width of the layers."""
+    bigram_buckets: NonNegativeInt = 0
+    """Vectors for pairs of neighbouring tokens, which share so many by a hash; 0: none."""
     num_layers: NonNegativeInt = 1
+    """Layers of self-attention; with 0 and no bigrams the order of the tokens does not count."""
     num_heads: PositiveInt = 4
+    """Of each layer, and of the queries that gather a text."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """In the layers and ahead of the head."""
     embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        size, num_heads = self.embedding_size, self.num_heads
+        if size % num_heads:
+            raise ValueError(f"embedding_size {size} is not a multiple of num_heads {num_heads}")
+        if self.num_layers and size // num_heads % 2:
+            raise ValueError(f"rotary positions need heads of an even size, not {size} / {num_heads}")
+        return self
 
 
 class RecurrentBackboneSection(Section):
@@ -106,11 +121,16 @@ class RecurrentBackboneSection(Section):
     cell: Literal["lstm", "gru"] = "lstm"
     bidirectional: bool = True
     embedding_size: PositiveInt = 128
+    bigram_buckets: NonNegativeInt = 0
+    """Vectors for pairs of neighbouring tokens, which share so many by a hash; 0: none."""
     hidden_size: PositiveInt = 128
+    """Of each direction."""
     num_layers: PositiveInt = 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Between the layers and ahead of the head."""
     embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
     pooling: Literal["last", "mean", "max"] = "max"
+    """last: the state after a text's last token, and of the backward direction after its first."""
 
 
 ModelSection = Annotated[

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigbatch.recipes.classify.backbones import AttentionBackbone, RecurrentBackbone
+from bigbatch.recipes.classify.backbones import AttentionBackbone, RecurrentBackbone, TokenEmbedding
 from bigbatch.recipes.classify.config import AttentionBackboneSection, RecurrentBackboneSection
 
 VOCABULARY_SIZE = 50
@@ -49,9 +49,9 @@ def recurrent(**settings):
     return redraw(RecurrentBackbone(section, VOCABULARY_SIZE))
 
 
-@pytest.mark.parametrize("num_layers", [0, 2])
-def test_packed_padded_and_single_texts_have_the_same_features(num_layers):
-    model = attention(num_layers=num_layers).eval()
+@pytest.mark.parametrize(("num_layers", "bigram_buckets"), [(0, 0), (2, 0), (0, 11), (1, 11)])
+def test_packed_padded_and_single_texts_have_the_same_features(num_layers, bigram_buckets):
+    model = attention(num_layers=num_layers, bigram_buckets=bigram_buckets).eval()
     packed, padded = model(*PACKED), model(*PADDED)
     assert packed.shape == (len(TEXTS), model.feature_size)
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=0)
@@ -73,7 +73,7 @@ def test_packed_and_padded_texts_give_the_same_gradients():
 @pytest.mark.parametrize("pooling", ["last", "mean", "max"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_batch_of_texts_has_the_features_of_its_texts_one_by_one(cell, pooling):
-    model = recurrent(cell=cell, pooling=pooling, num_layers=2).eval()
+    model = recurrent(cell=cell, pooling=pooling, num_layers=2, bigram_buckets=11).eval()
     found = model(*PADDED)
     assert found.shape == (len(TEXTS), model.feature_size)
     torch.testing.assert_close(found, torch.cat([model(*lay_out([[text]])) for text in TEXTS]), atol=1e-6, rtol=0)
@@ -90,7 +90,7 @@ def test_recurrent_features_equal_those_of_cells_called_step_by_step(bidirection
     for name, pool in poolings.items():
         model, expected = models[name], []
         for text in TEXTS:
-            embedded = model.embed.weight[torch.tensor(text)]
+            embedded = model.embed.tokens.weight[torch.tensor(text)]
             forward = run_cell(model.layers, "", embedded)
             backward = run_cell(model.layers, "_reverse", embedded.flip(0)).flip(0) if bidirectional else forward[:, :0]
             expected.append(pool(forward, backward))
@@ -108,9 +108,36 @@ def run_cell(layers, direction, embedded):
     return torch.stack(states)
 
 
+def test_the_order_of_tokens_counts_by_their_pairs_and_by_layers_alone():
+    batch, reordered = lay_out([[[3, 7, 9]]]), lay_out([[[7, 3, 9]]])
+    for settings, is_blind in (({}, True), ({"bigram_buckets": 1000}, False), ({"num_layers": 1}, False)):
+        model = attention(**{"num_layers": 0} | settings).eval()
+        assert torch.allclose(model(*batch), model(*reordered), atol=1e-6) == is_blind
+
+
+def test_the_vector_of_a_pair_is_added_at_its_second_token():
+    section = AttentionBackboneSection(backbone="attention", embedding_size=4, num_heads=1, bigram_buckets=5)
+    embed = TokenEmbedding(section, VOCABULARY_SIZE).eval()
+    tokens, documents, *_ = lay_out([[[3, 7, 9], [9, 2]]])
+    single = embed.tokens(tokens)[0]
+    pairs = [None, (3, 7), (7, 9), None, (9, 2)]
+    buckets = [(a * 1_000_003 + b * 7_919) % 2_147_483_647 % 5 for a, b in filter(None, pairs)]
+    vectors = iter(embed.bigrams.weight[buckets])
+    expected = torch.stack(
+        [vector + (next(vectors) if pair else 0) for vector, pair in zip(single, pairs, strict=True)]
+    )
+    torch.testing.assert_close(embed(tokens, documents)[0], expected)
+
+
+@pytest.mark.parametrize("settings", [{"embedding_size": 10, "num_heads": 4}, {"embedding_size": 12, "num_heads": 4}])
+def test_heads_that_do_not_divide_the_width_are_refused(settings):
+    with pytest.raises(ValueError, match=r"multiple of num_heads 4|even size, not 12 / 4"):
+        AttentionBackboneSection(backbone="attention", **settings)
+
+
 @pytest.mark.parametrize("build", [attention, recurrent])
 def test_bfloat16_trains_on_a_cpu(build):
-    model = build().bfloat16()
+    model = build(bigram_buckets=3).bfloat16()
     features = model(*PADDED)
     assert features.dtype == torch.bfloat16
     features.float().square().sum().backward()
