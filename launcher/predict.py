@@ -35,12 +35,14 @@ def _backbone(model: Any, vocabulary_size: int) -> tuple[int, int]:
         pooler = hidden * hidden + hidden if model.pooling == "first" else 0
         return _encoder(model.encoder, vocabulary_size) + pooler, hidden
     size = model.embedding_size
-    if model.backbone == "attention":  # the learned queries, their keys and values, and a norm gather the states
-        return vocabulary_size * size + model.num_layers * _layer(size, 4 * size) + 2 * size * size + 5 * size, size
+    embeddings = (vocabulary_size + model.bigram_buckets) * size
+    if model.backbone == "attention":  # learned queries, and keys and values for them, behind the layers' norm
+        layers = model.num_layers * _layer(size, 4 * size) + (2 * size if model.num_layers else 0)
+        return embeddings + layers + 2 * size * size + 3 * size, size
     gates, directions = (4 if model.cell == "lstm" else 3), (2 if model.bidirectional else 1)
     inputs = [size] + [directions * model.hidden_size] * (model.num_layers - 1)
     layers = sum(directions * gates * model.hidden_size * (width + model.hidden_size + 2) for width in inputs)
-    return vocabulary_size * size + layers, directions * model.hidden_size
+    return embeddings + layers, directions * model.hidden_size
 
 
 def _encoder(model: EncoderSection, vocabulary_size: int) -> int:

@@ -193,9 +193,6 @@ _EFFECTS = (
     _Effect("data.packing", lambda run: getattr(run.model, "backbone", "") != "rnn", "a backbone that attends"),
     _Effect("model.keep_head", _starts_from_another, "model.initialize_from"),
     _Effect("model.redraw_layers", _starts_from_another, "model.initialize_from"),
-    _Effect(
-        "model.dropout", lambda run: getattr(run.model, "backbone", "") != "attention" or run.model.num_layers, "layers"
-    ),
     _Effect("sample.top_k", lambda run: run.sample.temperature > 0, "a sample.temperature above 0"),
     _Effect("sample.top_p", lambda run: run.sample.temperature > 0, "a sample.temperature above 0"),
 )

@@ -1,8 +1,8 @@
 """The run document of text classification."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from bigbatch.recipes.core.config import (
     CleanSection,
@@ -103,15 +103,6 @@ class AttentionBackboneSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """In the layers and ahead of the head."""
     embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        size, num_heads = self.embedding_size, self.num_heads
-        if size % num_heads:
-            raise ValueError(f"embedding_size {size} is not a multiple of num_heads {num_heads}")
-        if self.num_layers and size // num_heads % 2:
-            raise ValueError(f"rotary positions need heads of an even size, not {size} / {num_heads}")
-        return self
 
 
 class RecurrentBackboneSection(Section):
