@@ -544,7 +544,6 @@ def test_a_model_to_start_from_needs_no_tokenizer_and_resolves_to_itself(classif
         (['model={"backbone":"rnn"}', "data.packing=false"], "data.packing", 'model={"backbone":"attention"}'),
         ([ENCODER, "model.keep_head=true"], "model.keep_head", "model.keep_head=false"),
         ([ENCODER, "model.redraw_layers=1"], "model.redraw_layers", "model.redraw_layers=0"),
-        (["model.num_layers=0", "model.dropout=0.3"], "model.dropout", "model.num_layers=1"),
         ([ENCODER, "model.encoder.rope_theta=5.0"], "model.encoder.rope_theta", "model.encoder.positions=rotary"),
     ],
 )

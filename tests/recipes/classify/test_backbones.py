@@ -129,11 +129,6 @@ def test_the_vector_of_a_pair_is_added_at_its_second_token():
     torch.testing.assert_close(embed(tokens, documents)[0], expected)
 
 
-@pytest.mark.parametrize("settings", [{"embedding_size": 10, "num_heads": 4}, {"embedding_size": 12, "num_heads": 4}])
-def test_heads_that_do_not_divide_the_width_are_refused(settings):
-    with pytest.raises(ValueError, match=r"multiple of num_heads 4|even size, not 12 / 4"):
-        AttentionBackboneSection(backbone="attention", **settings)
-
 
 @pytest.mark.parametrize("build", [attention, recurrent])
 def test_bfloat16_trains_on_a_cpu(build):
