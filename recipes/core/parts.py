@@ -57,7 +57,7 @@ def run_train(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
         return EXIT_REQUEUE
     limit_seconds = run.config.watchdog.limit_seconds
     with watched(run.run_dir, phase, limit_seconds):
-        mesh = runtime.start_mesh(limit_seconds, run.config.parallel.tensor)
+        mesh = runtime.start_mesh(limit_seconds, run.config.parallel.tensor, run.config.parallel.pipeline)
         status = train.train(run, mesh, stop, phase)
         runtime.leave_mesh(mesh)
     return status

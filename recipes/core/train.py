@@ -153,7 +153,7 @@ def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[st
         begin = time.monotonic()
         batches, order_hash = _next_batches(config, data.train, state, mesh)
         own_targets = sum(run.recipe.count_targets(batch) for batch in batches)
-        own_targets *= mesh.tensor.rank == 0  # each data rank's count once
+        own_targets *= mesh.counts  # each data rank's count once
         flags = float(bool(stop.signal_name)), float(saver.has_failed)
         num_targets, stops, failed = mesh.sum_of_all(own_targets, *flags)
         if failed:
@@ -304,7 +304,7 @@ def _evaluate_and_sample(session: Session, samples: Samples, phase: dict[str, An
     run, mesh, data, engine, reporter, _ = session
     begin, step = time.monotonic(), phase["step"]
     max_samples = run.config.evaluate.max_samples
-    figures = evaluate(run, engine.deepspeed, samples, mesh, data.facts, max_samples, phase=phase)
+    figures = evaluate(run, engine.answering, samples, mesh, data.facts, max_samples, phase=phase)
     del figures["num_targets"]  # the same each time
     reporter.evaluation(step, figures, time.monotonic() - begin)
     begin = time.monotonic()
