@@ -30,8 +30,11 @@ HALF = 5
 PLANS = {
     "one": ParallelPlan(zero_stage=0),
     "dp2": ParallelPlan(data=2),
+    "zero0x2": ParallelPlan(data=2, zero_stage=0),
     "zero1x2": ParallelPlan(data=2),
     "zero3x2": ParallelPlan(data=2, zero_stage=3),
+    "tp2": ParallelPlan(tensor=2),
+    "dp2xtp2": ParallelPlan(data=2, tensor=2),
     "pp2": ParallelPlan(pipeline=2),
     "pp4": ParallelPlan(pipeline=4),
     "dp2xpp2": ParallelPlan(data=2, pipeline=2),
