@@ -81,8 +81,12 @@ def logical_parameters(module: nn.Module) -> dict[str, Any]:
 
 def logical_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all logical tensors of the model, of which a stage of a pipeline has a part."""
-    here = {name: logical_shape(parameter) for name, parameter in logical_parameters(module).items()}
-    return getattr(module, "shapes_of_all", here)
+    if hasattr(module, "shapes_of_all"):
+        return dict(module.shapes_of_all)  # type: ignore[arg-type]
+    shapes = {name: logical_shape(parameter) for name, parameter in logical_parameters(module).items()}
+    for path, part in module.named_modules():
+        shapes |= {f"{path}.{name}": shape for name, shape in getattr(part, "shapes_of_all", {}).items()}
+    return shapes
 
 
 class Rectangle(NamedTuple):

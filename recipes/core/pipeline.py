@@ -7,15 +7,16 @@ blocks, `section.num_layers` blocks, which keep the shape of the hidden states, 
 """
 
 import io
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from bigbatch.recipes.core.layout import name_logically
+from bigbatch.recipes.core.layout import logical_shapes, name_logically
 from bigbatch.recipes.core.parallel import Axis, Mesh
 
 
@@ -30,7 +31,7 @@ class Stage(nn.Module):
     """Do the next micro-batch of a train step with the forward pass that it is given; return its loss."""
 
     def __init__(self, model: Any, axis: Axis, device: torch.device) -> None:
-        """Cut the model, which every rank has built whole, in place."""
+        """Cut the model in place, built whole or in `stage_building`."""
         super().__init__()
         self.entry, self.axis, self.device = _Entry(), axis, device
         self.ties = _keep_stage(model, axis, self.entry)
@@ -75,6 +76,21 @@ def pipeline_module(deepspeed: Any, stage: Stage, mesh: Mesh) -> Any:
     return module
 
 
+@contextmanager
+def stage_building(num_blocks: int, axis: Axis) -> Iterator[None]:
+    """Within it a block of another stage is dropped as soon as its weights are drawn: no rank holds the whole model."""
+    own = _own_blocks(num_blocks, axis)
+
+    def drop(parent: nn.Module, name: str, block: Any) -> Any:
+        return _Elsewhere(block) if isinstance(parent, nn.ModuleList) and int(name) not in own else None
+
+    handle = register_module_module_registration_hook(drop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _LeftStageError(Exception):
     """The layers that follow are the next stage's."""
 
@@ -93,7 +109,11 @@ class _Entry(nn.Module):
 
 
 class _Elsewhere(nn.Module):
-    """In place of a block."""
+    """In place of a block, whose tensors' shapes it remembers."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.shapes_of_all = logical_shapes(block)
 
     def forward(self, hidden: torch.Tensor, *_: Any) -> torch.Tensor:
         return hidden
@@ -113,16 +133,20 @@ def _keep_stage(model: Any, axis: Axis, entry: _Entry) -> dict[str, Any]:
     tail, is_last = num_blocks + 1, axis.rank == axis.size - 1
     shared = set(layers[0].parameters()) & {parameter for layer in layers[tail:] for parameter in layer.parameters()}
     ties = {name: parameter for name, parameter in model.named_parameters() if parameter in shared}
-    first, end = (1 + num_blocks * rank // axis.size for rank in (axis.rank, axis.rank + 1))
+    own = _own_blocks(num_blocks, axis)
     places = {module: name for name, module in model.named_modules()}
     for index, layer in enumerate(layers):
         if index == 0 and axis.rank > 0:
             model.set_submodule(places[layer], entry)
-        elif 0 < index < tail and not first <= index < end:
-            model.set_submodule(places[layer], _Elsewhere())
+        elif 0 < index < tail and index - 1 not in own:
+            model.set_submodule(places[layer], _Elsewhere(layer))
         elif index >= tail and not is_last:
             model.set_submodule(places[layer], _Exit())
     return ties if axis.rank == 0 or is_last else {}
+
+
+def _own_blocks(num_blocks: int, axis: Axis) -> range:
+    return range(num_blocks * axis.rank // axis.size, num_blocks * (axis.rank + 1) // axis.size)
 
 
 def _send(hidden: torch.Tensor, axis: Axis) -> None:

@@ -22,6 +22,7 @@ from bigbatch.recipes.core.engine import Engine, StepResult, partitioned_buildin
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from bigbatch.recipes.core.metrics import higher_is_better
 from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.pipeline import stage_building
 from bigbatch.recipes.core.process import StopFlag
 from bigbatch.recipes.core.recipe import DataSplits, Outputs, Samples, further
 from bigbatch.recipes.core.report import Reporter, StepRecord, measured_peak_flops
@@ -126,7 +127,10 @@ def _first_model(run: Run, mesh: Mesh, data: DataSplits) -> nn.Module:
     torch.manual_seed(run.config.seed)
     goes_on = bool(mesh.broadcast_text("yes" if checkpoint.committed(run.run_dir) else ""))
     reads_a_file = getattr(getattr(run.config, "model", None), "initialize_from", None) and not goes_on
-    with nullcontext() if reads_a_file else partitioned_building(run.deepspeed, mesh):
+    building = partitioned_building(run.deepspeed, mesh)
+    if mesh.pipeline.size > 1:
+        building = stage_building(run.config.model.num_layers, mesh.pipeline)  # type: ignore[attr-defined]
+    with nullcontext() if reads_a_file else building:
         return build_model(run, mesh, data.facts, initialize=not goes_on)
 
 

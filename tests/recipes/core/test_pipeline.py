@@ -14,6 +14,11 @@ import torch
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.engine_config import complete
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.layout import logical_parameters, logical_shapes
+from bigbatch.recipes.core.models.config import DecoderSection
+from bigbatch.recipes.core.models.decoder import Decoder
+from bigbatch.recipes.core.parallel import Axis
+from bigbatch.recipes.core.pipeline import Stage, stage_building
 from bigbatch.recipes.gpt.config import GptConfig
 
 HALF, STEPS = 5, 10
@@ -184,6 +189,34 @@ def test_the_table_in_the_repository_is_of_these_plans(trained):
     assert len(numbers) == 2 * len(AGREEING) + len(PLANS) ** 2
     assert max(numbers[: 2 * len(AGREEING)]) < 1e-5
     assert max(numbers) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "rank"), [("gpt2", 0), ("gpt2", 1), ("llama", 1)])
+def test_a_stage_draws_the_weights_of_the_whole_model_and_holds_its_own_blocks_alone(name, rank):
+    section = DecoderSection(**MODELS[name])
+    torch.manual_seed(0)
+    whole = Decoder(section, 50)
+    torch.manual_seed(0)
+    with stage_building(section.num_layers, Axis(rank, 2)):
+        model = Decoder(section, 50)
+    assert len(list(model.blocks[1 - rank].parameters())) == 0
+    held = sum(parameter.numel() for parameter in model.parameters())
+    stage = Stage(model, Axis(rank, 2), torch.device("cpu"))
+    shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    assert logical_shapes(stage.model) == shapes
+    found = logical_parameters(stage.model)
+    assert set(found) == {name for name in shapes if belongs(name, rank, section.tie_embeddings)}
+    for name, parameter in found.items():
+        assert torch.equal(parameter, whole.get_parameter(name))
+    assert held == sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in whole.blocks[0].parameters())
+    assert list(stage.ties) == (["embed.tokens.weight"] if section.tie_embeddings else [])
+
+
+def belongs(name: str, rank: int, is_tied: bool) -> bool:
+    """Tell whether the first (0) or the last (1) of two stages has a parameter of a decoder of two blocks."""
+    if name.startswith("blocks"):
+        return name.startswith(f"blocks.{rank}.")
+    return name.startswith("head") == bool(rank) or (is_tied and name == "embed.tokens.weight")
 
 
 def gpt_config(model: dict | None = None, **sections: object) -> GptConfig:
