@@ -71,13 +71,13 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may step once while it sets up
         deepspeed = import_deepspeed()
-        mpu, whole = _model_parallel_unit(mesh), module
+        mpu, wrapped = _model_parallel_unit(mesh), module
         if self.stage:
-            whole, mpu = pipeline_module(deepspeed, self.stage, mesh), None
+            wrapped, mpu = pipeline_module(deepspeed, self.stage, mesh), None
         deepspeed.utils.groups.mpu = mpu  # else that of an engine before this one stays
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own, about its use of torch
-            self.deepspeed, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=document, mpu=mpu)
+            self.deepspeed, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=document, mpu=mpu)
         self.optimizer = inner_optimizer(self.deepspeed)
         self.optimizer.state.clear()  # what that step left: Adam's bias correction would be one step ahead
         if is_replicated(self.deepspeed):
