@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from bigbatch.recipes.core.batch import plan_batch
@@ -24,8 +25,9 @@ from bigbatch.recipes.core.fragments import (
     write_back,
 )
 from bigbatch.recipes.core.layout import share_of
+from bigbatch.recipes.core.local_sgd import LocalSgd, spread_failure
 from bigbatch.recipes.core.optim import Lamb, build_optimizer
-from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.parallel import Axis, Mesh
 from bigbatch.recipes.core.recipe import Batch, Loss
 from bigbatch.recipes.core.schedule import learning_rate_factor
 
@@ -39,7 +41,7 @@ class StepResult(NamedTuple):
     """Mean over all targets of the global batch."""
     num_targets: int
     grad_norm: float
-    """Global 2-norm before clipping."""
+    """Global 2-norm before clipping; where ranks train alone, the root mean square of theirs."""
     learning_rate: float
     loss_scale: float
     skipped: bool
@@ -64,7 +66,8 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may step once while it sets up
         deepspeed = import_deepspeed()
-        mpu = _model_parallel_unit(mesh)
+        is_local = config.parallel.sync == "local_sgd"
+        mpu = _model_parallel_unit(mesh, is_local)
         deepspeed.utils.groups.mpu = mpu  # else that of an engine before this one stays
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own, about its use of torch
@@ -74,6 +77,9 @@ class Engine:
         if is_replicated(self.deepspeed):
             self._divided = {fragment.flat for fragment in self.fragments() if fragment.share}
             self.optimizer.register_step_pre_hook(self._clip_float32_gradients)
+        self.local = LocalSgd(config, mesh, self.fragments, self.write_back) if is_local else None
+        """What a rank that trains alone has of the others."""
+        self._own_factor = 1.0
         if isinstance(self.optimizer, Lamb):
             self.optimizer.set_segments(*segments(self.fragments(), module), self._sum_squares)
 
@@ -94,6 +100,10 @@ class Engine:
         """Bring the working weights up to date with restored masters. Collective: every rank must call it."""
         write_back(self.deepspeed)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Have the same weights on all data ranks for a while. Collective: every rank must call it."""
+        return self.local.averaged() if self.local else nullcontext()
+
     @property
     def loss_scaler(self) -> Any:
         """DeepSpeed's loss scaler (fp16), else None."""
@@ -113,12 +123,13 @@ class Engine:
         engine = self.deepspeed
         engine.train()
         plan = plan_batch(self.config.batch, self.mesh.data_ranks, step)
-        if engine.train_batch_size() != plan.global_size:
-            engine.set_train_batch_size(plan.global_size)
+        size = plan.global_size // (plan.data_ranks if self.local else 1)
+        if engine.train_batch_size() != size:
+            engine.set_train_batch_size(size)
         rate = self.config.optimizer.learning_rate * learning_rate_factor(self.config.schedule, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        loss_sum = 0.0
+        loss_sum, own_targets = 0.0, 0
         scale = self.loss_scale
         for index, batch in enumerate(batches):
             # Dropout is a function of (seed, step, micro-batch, data rank), so a resume needs no saved generator, and
@@ -130,9 +141,17 @@ class Engine:
             factor = scale if is_replicated(engine) else 1.0
             engine.backward(result.sum * (factor * self.mesh.data_ranks / max(1, num_targets)), scale_wrt_gas=False)
             loss_sum += result.sum.detach().double()
+            own_targets += result.num_targets
+            if self.local and index == len(batches) - 1:
+                self._own_factor = num_targets / self.mesh.data_ranks / max(1, own_targets)
+                gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+                spread_failure(gradients, self.mesh)
             engine.step()
-        (total,) = self.mesh.sum(float(loss_sum))
         norm = self._grad_norm()
+        total, squares = self.mesh.sum(float(loss_sum), norm * norm)
+        if self.local:
+            norm = math.sqrt(squares / self.mesh.data_ranks)
+            self.local.after_step(step)
         loss_mean = total / max(1, num_targets)
         skipped = not (math.isfinite(norm) and math.isfinite(loss_mean))
         return StepResult(loss_mean, num_targets, norm, rate, scale, skipped)
@@ -162,6 +181,8 @@ class Engine:
     def _clip_float32_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip before a step at stage 0, where DeepSpeed would take the norm of the bf16 gradients in bf16."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.local:  # from the mean over all ranks' targets to that over this rank's
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._own_factor)
         norm = self._total_norm([p for p in parameters if p.grad is not None])
         self._hook_norm = float(norm)
         if not math.isfinite(self._hook_norm):
@@ -182,17 +203,22 @@ class Engine:
         return square.sqrt()
 
 
-def _model_parallel_unit(mesh: Mesh) -> Any:
-    """Answer what DeepSpeed asks a Megatron about the groups; None without tensor ranks."""
-    if mesh.tensor.size == 1:
+def _model_parallel_unit(mesh: Mesh, is_local: bool = False) -> Any:
+    """Answer what DeepSpeed asks a Megatron about the groups; None without tensor ranks.
+
+    `is_local`: this rank is to have no other data ranks.
+    """
+    if mesh.tensor.size == 1 and not is_local:
         return None
+    alone: Any = dist.new_group([mesh.rank], use_local_synchronization=True) if is_local else None
+    data = Axis(group=alone) if is_local else Axis(mesh.data_rank, mesh.data_ranks, mesh.data_group)
     answers = {
         "model_parallel_rank": mesh.tensor.rank,
         "model_parallel_world_size": mesh.tensor.size,
-        "model_parallel_group": mesh.tensor.group,
-        "data_parallel_rank": mesh.data_rank,
-        "data_parallel_world_size": mesh.data_ranks,
-        "data_parallel_group": mesh.data_group,
+        "model_parallel_group": mesh.tensor.group or alone,
+        "data_parallel_rank": data.rank,
+        "data_parallel_world_size": data.size,
+        "data_parallel_group": data.group,
     }
     return SimpleNamespace(**{f"get_{name}": lambda answer=answer: answer for name, answer in answers.items()})
 
