@@ -61,7 +61,7 @@ class Engine:
     ) -> None:
         """Wrap the module. Collective: every rank must call it."""
         self.config, self.mesh = config, mesh
-        self._hook_norm = math.nan
+        self._hook_norm, self._own_factor = math.nan, 1.0
         optimizer = build_optimizer(config.optimizer, module, learning_rate_scales)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may step once while it sets up
@@ -79,7 +79,6 @@ class Engine:
             self.optimizer.register_step_pre_hook(self._clip_float32_gradients)
         self.local = LocalSgd(config, mesh, self.fragments, self.write_back) if is_local else None
         """What a rank that trains alone has of the others."""
-        self._own_factor = 1.0
         if isinstance(self.optimizer, Lamb):
             self.optimizer.set_segments(*segments(self.fragments(), module), self._sum_squares)
 
@@ -181,8 +180,10 @@ class Engine:
     def _clip_float32_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip before a step at stage 0, where DeepSpeed would take the norm of the bf16 gradients in bf16."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if self.local:  # from the mean over all ranks' targets to that over this rank's
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._own_factor)
+        if self._own_factor != 1.0:  # from the mean over all ranks' targets to that over this rank's
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._own_factor)
         norm = self._total_norm([p for p in parameters if p.grad is not None])
         self._hook_norm = float(norm)
         if not math.isfinite(self._hook_norm):

@@ -3,8 +3,13 @@
 DiLoCo (https://arxiv.org/abs/2311.08105), algorithm 1: each data rank takes `every_steps` steps of its own optimizer on
 its own share of each batch; then the parameters of the last meeting less the mean of all ranks' parameters are the
 gradient of an outer SGD with Nesterov momentum, whose result every rank goes on from. The inner optimizers' state stays
-with its rank. Under DeepSpeed each data rank is a run of its own at stage 0: what it takes for the data-parallel group
-has one rank.
+with its rank.
+
+A checkpoint has each rank's own parameters and optimizer state, so that as many ranks go on bit for bit. Under any
+other plan a run goes on from the means of both: lost is how far the ranks had parted. The outer parameters and their
+momentum stay as they were, but a plan that is synchronous has no use for them.
+
+Under DeepSpeed each data rank is a run of its own at stage 0: what it takes for the data-parallel group has one rank.
 """
 
 from collections.abc import Callable, Iterator
