@@ -19,7 +19,7 @@ from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
 from bigbatch.recipes.core.data.sources import SourceFile, archive_and_member, is_local, list_files
-from bigbatch.recipes.core.engine_config import complete
+from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
 
 SPLITS = ("train", "validation", "test")
@@ -66,7 +66,7 @@ def check(resolved: Resolved, ranks: int, run_dir: Path = RUNS) -> list[Finding]
     # The numbers begin with the size of the vocabulary and of the model to start from.
     known = all(finding.rule not in ("tokenizer", "weights") for finding in findings)
     parameters = _parameters(config) if known else None
-    findings += [*_disk(config, run_dir, parameters, ranks // config.parallel.tensor), *_numbers(config, parameters)]
+    findings += [*_disk(config, run_dir, parameters, count_data_ranks(config, ranks)), *_numbers(config, parameters)]
     order = ("error", "warning", "info")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 

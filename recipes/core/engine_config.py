@@ -39,6 +39,11 @@ def contradicts_sync(config: RunConfig, stage: int) -> str:
     return f"found {stage}, and parallel.sync {sync} is stage {'1, 2 or 3' if sync == 'sharded' else '0'}"
 
 
+def count_data_ranks(config: RunConfig, num_ranks: int) -> int:
+    """Return how many of this many ranks share the batch."""
+    return num_ranks // config.parallel.tensor
+
+
 def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[str, Any]:
     """Return the full DeepSpeed document for this many ranks (processes).
 
@@ -47,7 +52,7 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
     stage = zero_stage(config, native)
     if config.parallel.tensor > 1:
         _check_tensor_ranks(config, native, num_ranks, stage)
-    plan = check_batch(config.batch, num_ranks // config.parallel.tensor)
+    plan = check_batch(config.batch, count_data_ranks(config, num_ranks))
     return {
         **native,
         # Under local SGD each data rank is a run of its own to DeepSpeed.
