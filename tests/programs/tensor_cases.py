@@ -29,7 +29,7 @@ from bigbatch.recipes.core.process import StopFlag
 HALF = 5
 # Ranks, tensor ranks, ZeRO stage.
 PLANS: dict[str, tuple[int, int, int]] = {"one": (1, 1, 0), "dp2": (2, 1, 1), "zero3x2": (2, 1, 3)}
-PLANS |= {"dp2_zero0": (2, 1, 0)}
+PLANS |= {"zero0x2": (2, 1, 0)}
 PLANS |= {f"tp2_zero{stage}": (2, 2, stage) for stage in range(4)}
 PLANS |= {f"dp2xtp2_zero{stage}": (4, 2, stage) for stage in range(4)}
 # By default tensors this small stay whole on every rank.

@@ -206,8 +206,8 @@ def trained(run_program, tmp_path_factory):
     write("synchronous", LONG, {})
     write("local", LONG, {"sync": "local_sgd", "local_sgd": {"every_steps": 10}})
     write("rounds", 2 * HALF, {"sync": "local_sgd", "local_sgd": {"every_steps": 2}})
-    runs = [("synchronous_whole", "synchronous", "dp2_zero0", None), ("local_whole", "local", "dp2_zero0", None)]
-    runs += [("rounds_whole", "rounds", "dp2_zero0", None), ("rounds_dp2", "rounds", "dp2_zero0", None)]
+    runs = [("synchronous_whole", "synchronous", "zero0x2", None), ("local_whole", "local", "zero0x2", None)]
+    runs += [("rounds_whole", "rounds", "zero0x2", None), ("rounds_dp2", "rounds", "zero0x2", None)]
     runs += [("rounds_tp2", "rounds", "dp2xtp2_zero0", None)]
     runs += [("tp2_after_dp2", "rounds", "dp2xtp2_zero0", "rounds_dp2")]
     (out / "cases.json").write_text(json.dumps(runs))
