@@ -1,6 +1,7 @@
 """Train the toy model on ranks that train alone, in one start: `local_cases.py OUT`.
 
-OUT/<case>/ gets result_<rank>.json and checkpoints of the steps that a case saves at.
+OUT/<case>/ gets result_<rank>.json and checkpoints of the steps that a case saves at; OUT/sum_<rank>.json what
+`sum_in_pairs` says.
 """
 
 import json
@@ -19,7 +20,7 @@ from forked_ranks import import_everything, run_forked
 from toy import Toy, loss, make_config
 
 from bigbatch.recipes.core import checkpoint, runtime
-from bigbatch.recipes.core.engine import Engine
+from bigbatch.recipes.core.engine import Engine, import_deepspeed
 from bigbatch.recipes.core.engine_config import complete
 from bigbatch.recipes.core.parallel import Mesh
 
@@ -125,6 +126,17 @@ def run_cases(out: Path, names: list[str]) -> None:
     runtime.leave_mesh(mesh)
 
 
+def sum_in_pairs(out: Path) -> None:
+    """Write down what DeepSpeed's sum for inference gives on ranks 0 and 1, and on 2 and 3."""
+    mesh = runtime.start_mesh()
+    first = mesh.rank // 2 * 2
+    pair = torch.distributed.new_group([first, first + 1], use_local_synchronization=True)
+    own = torch.tensor([mesh.rank + 1.0])
+    import_deepspeed().comm.inference_all_reduce(own, group=pair)
+    (out / f"sum_{mesh.rank}.json").write_text(json.dumps(own.item()))
+    runtime.leave_mesh(mesh)
+
+
 def num_ranks(name: str) -> int:
     """Return how many processes train a case."""
     return cases()[name].ranks
@@ -133,6 +145,7 @@ def num_ranks(name: str) -> int:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     import_everything()
+    print(run_forked(partial(sum_in_pairs, out), 4, out / "log_4.txt"), flush=True)
     for goes_on in (False, True):
         chosen = [name for name, case in cases().items() if bool(case.start) == goes_on]
         for ranks, group in groupby(sorted(chosen, key=num_ranks), num_ranks):

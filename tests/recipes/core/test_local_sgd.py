@@ -187,6 +187,12 @@ def test_the_fp16_loss_scale_is_the_same_on_all_ranks(cases):
     assert values(steps, "skipped")[2]
 
 
+def test_deepspeeds_sum_for_inference_keeps_to_its_group(cases):
+    """Its own extension, which `import_deepspeed` keeps it from building, sums over all ranks (0.19.8, CPU)."""
+    out = cases("plain")[0].parent
+    assert [json.loads((out / f"sum_{rank}.json").read_text()) for rank in range(4)] == [3.0, 3.0, 7.0, 7.0]
+
+
 @pytest.fixture(scope="module")
 def trained(run_program, tmp_path_factory):
     """Train a GPT in all cases; return the folder that holds the runs."""
