@@ -39,7 +39,13 @@ standard error, results to standard output. Exit status: 0 done; 2 a mistake in 
 ENDING_PREPARE = "ending; what is prepared stays"
 BENCH_RUNS = {"train": "gpt/bench", "checkpoint": "gpt/124m", "comm": "gpt/bench"}
 # The steps that `bench comm` measures are to have no gradients to send.
-ALONE = ("deepspeed=null", "parallel.zero_stage=null", "parallel.tensor=1", "parallel.sync=local_sgd")
+ALONE = (
+    "deepspeed=null",
+    "parallel.zero_stage=null",
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.sync=local_sgd",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

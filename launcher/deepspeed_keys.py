@@ -49,7 +49,7 @@ _NO_EFFECT = {
     "gradient_allreduce_op": "the shared loop divides the loss by the global number of targets",
     "hybrid_engine": "it serves reinforcement learning",
     "managed_gradient_accumulation": "the shared loop sets it",
-    "pipeline": "no run is divided into pipeline stages",
+    "pipeline": "the stages are those of parallel.pipeline",
     "seq_parallel_communication_data_type": "no run is divided along the sequence",
     "sequence_parallel_size": "no run is divided along the sequence",
     "tensor_parallel": "no run is divided inside layers",

@@ -108,6 +108,11 @@ def _batch(resolved: Resolved, ranks: int) -> Iterator[Finding]:
     shared = "ranks" if data_ranks == ranks else f"data ranks ({ranks} ranks)"
     algebra = f"{micro_size} a forward pass x {accumulated} accumulated x {data_ranks} {shared}"
     yield Finding("batch", "info", "batch.global_size", f"{size} samples = {algebra}")
+    stages = resolved.config.parallel.pipeline
+    if accumulated < stages:
+        busy = f"{accumulated} micro-batches keep {stages} stages busy {accumulated / (accumulated + stages - 1):.0%}"
+        advice = f"a batch.micro_size of which {stages} or more are accumulated" if size // data_ranks >= stages else ""
+        yield Finding("batch", "warning", "batch.micro_size", f"{busy} of the time", advice)
 
 
 def _sync(config: RunConfig) -> Iterator[Finding]:

@@ -41,7 +41,7 @@ class FillSection(Section):
 class BertPretrainConfig(RunConfig):
     """Train an encoder to fill in masked tokens."""
 
-    axes: ClassVar[tuple[str, ...]] = ("tensor",)
+    axes: ClassVar[tuple[str, ...]] = ("tensor", "pipeline")
     recipe: Literal["bert_pretrain"] = "bert_pretrain"
     model: EncoderSection = EncoderSection()
     data: TokenDataSection

@@ -25,7 +25,7 @@ from bigbatch.recipes.core.config import RunConfig
 from bigbatch.recipes.core.engine import Engine
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.fragments import Fragment, is_replicated
-from bigbatch.recipes.core.layout import Share, copy_overlap, logical_shape, rectangles, share_of
+from bigbatch.recipes.core.layout import Share, copy_overlap, logical_shapes, rectangles, share_of
 from bigbatch.recipes.core.local_sgd import ANCHOR, MOMENTUM
 from bigbatch.recipes.core.optim import set_state, state_keys
 from bigbatch.recipes.core.parallel import Mesh
@@ -124,8 +124,8 @@ def _piece(shard: str, part: Part) -> list[Any]:
 def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
     """Yield what this rank writes, float32, as views where it is that.
 
-    Of what all data ranks have (stage 0) each takes a part; what all tensor ranks have is the first one's. Where data
-    ranks train alone, each writes its own.
+    Of what all data ranks have (stage 0) each takes a part; what all tensor ranks have is the first one's, and what two
+    stages of a pipeline have is the first stage's. Where data ranks train alone, each writes its own.
     """
 
     def taken(fragment: Fragment, kind: str, values: torch.Tensor, is_everywhere: bool) -> Iterator[Part]:
@@ -137,7 +137,7 @@ def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
             yield Part(fragment.name, fragment.shape, kind, start, values, fragment.share)
 
     def is_own(fragment: Fragment) -> bool:
-        return mesh.tensor.rank == 0 or fragment.share is not None
+        return fragment.name not in engine.copies and (mesh.tensor.rank == 0 or fragment.share is not None)
 
     is_everywhere, local = is_replicated(engine.deepspeed), engine.local
     own = f"@{mesh.data_rank}" if local else ""
@@ -162,7 +162,8 @@ def _present_keys(engine: Engine) -> tuple[str, ...]:
 def engine_state(engine: Engine) -> dict[str, Any]:
     """Return what a resume needs of the engine beside its tensors."""
     mesh, stage = engine.mesh, engine.deepspeed.zero_optimization_stage()
-    state: dict[str, Any] = {"zero_stage": stage, "ranks": mesh.world_size, "tensor_ranks": mesh.tensor.size}
+    state: dict[str, Any] = {"zero_stage": stage, "ranks": mesh.world_size}
+    state |= {"tensor_ranks": mesh.tensor.size, "pipeline_ranks": mesh.pipeline.size}
     steps = [float(value["step"]) for value in engine.optimizer.state.values() if "step" in value]
     if engine.local:
         state["local_ranks"] = mesh.data_ranks
@@ -346,7 +347,7 @@ def _load_into(reader: "Reader", engine: Engine) -> None:
 
 def _check_shapes(reader: "Reader", module: torch.nn.Module) -> None:
     """Refuse a checkpoint of another model, naming the first tensor that differs."""
-    shapes = {name: logical_shape(parameter) for name, parameter in module.named_parameters()}
+    shapes = logical_shapes(module)
     for name, shape in shapes.items():
         if name not in reader.tensors:
             raise UserError(str(reader.folder), f"has no tensor {name!r} that the model needs: it is of another model")

@@ -132,10 +132,12 @@ class LocalSgdSection(Section):
 
 
 class ParallelSection(Section):
-    """How the work is divided. The number of data ranks follows: the processes started over the tensor ranks."""
+    """How the work is divided. The number of data ranks follows: the processes started over the others here."""
 
     tensor: PositiveInt = 1
     """Ranks that share each layer of one model: its heads, inner units and vocabulary are divided over them."""
+    pipeline: PositiveInt = 1
+    """Stages that consecutive layers are divided into; micro-batches pass through one after another. ZeRO stage 1."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """ZeRO stage; by default the DeepSpeed document's, else 0 or 1 as `sync` asks."""
     sync: Literal["all_reduce", "ring", "sharded", "local_sgd"] | None = None

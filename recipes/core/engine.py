@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from bigbatch.recipes.core.layout import share_of
 from bigbatch.recipes.core.local_sgd import LocalSgd, spread_failure
 from bigbatch.recipes.core.optim import Lamb, build_optimizer
 from bigbatch.recipes.core.parallel import Axis, Mesh
+from bigbatch.recipes.core.pipeline import Stage, pipeline_module
 from bigbatch.recipes.core.recipe import Batch, Loss
 from bigbatch.recipes.core.schedule import learning_rate_factor
 
@@ -49,7 +51,11 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """A model under DeepSpeed: train steps, evaluation, and access to its state."""
+    """A model under DeepSpeed: train steps, evaluation, and access to its state.
+
+    `module` is the model itself; under ZeRO-3 its weights are there only inside a forward pass, in a pipeline only
+    those of this rank's layers.
+    """
 
     def __init__(
         self,
@@ -60,18 +66,21 @@ class Engine:
         learning_rate_scales: dict[str, float] | None = None,
     ) -> None:
         """Wrap the module. Collective: every rank must call it."""
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.module = config, mesh, module
+        self.stage = Stage(module, mesh.pipeline, mesh.device) if mesh.pipeline.size > 1 else None
         self._hook_norm, self._own_factor = math.nan, 1.0
         optimizer = build_optimizer(config.optimizer, module, learning_rate_scales)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may step once while it sets up
         deepspeed = import_deepspeed()
         is_local = config.parallel.sync == "local_sgd"
-        mpu = _model_parallel_unit(mesh, is_local)
+        mpu, wrapped = _model_parallel_unit(mesh, is_local), module
+        if self.stage:
+            wrapped, mpu = pipeline_module(deepspeed, self.stage, mesh), None
         deepspeed.utils.groups.mpu = mpu  # else that of an engine before this one stays
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own, about its use of torch
-            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=document, mpu=mpu)
+            self.deepspeed, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=document, mpu=mpu)
         self.optimizer = inner_optimizer(self.deepspeed)
         self.optimizer.state.clear()  # what that step left: Adam's bias correction would be one step ahead
         if is_replicated(self.deepspeed):
@@ -83,17 +92,22 @@ class Engine:
             self.optimizer.set_segments(*segments(self.fragments(), module), self._sum_squares)
 
     @property
-    def module(self) -> nn.Module:
-        """The model itself; under ZeRO-3 its weights are there only inside a forward pass."""
-        return self.deepspeed.module
+    def answering(self) -> nn.Module:
+        """What to call for evaluation."""
+        return self.module if self.stage else self.deepspeed
+
+    @property
+    def copies(self) -> set[str]:
+        """Names of the parameters here that the first stage of the pipeline has too, and saves."""
+        return set(self.stage.ties) if self.stage and self.mesh.pipeline.rank > 0 else set()
 
     def fragments(self) -> list[Fragment]:
         """List this rank's pieces of the masters, with access to the optimizer's state."""
-        return fragments(self.deepspeed)
+        return fragments(self.deepspeed, self.module)
 
     def frozen(self) -> list[Fragment]:
         """List this rank's pieces of the weights that are not trained, in their working format."""
-        return frozen(self.deepspeed, self.mesh.data_rank)
+        return frozen(self.module, self.mesh.data_rank)
 
     def write_back(self) -> None:
         """Bring the working weights up to date with restored masters. Collective: every rank must call it."""
@@ -128,32 +142,65 @@ class Engine:
         rate = self.config.optimizer.learning_rate * learning_rate_factor(self.config.schedule, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        loss_sum, own_targets = 0.0, 0
         scale = self.loss_scale
-        for index, batch in enumerate(batches):
-            # Dropout is a function of (seed, step, micro-batch, data rank), so a resume needs no saved generator, and
-            # tensor ranks drop the same of what is replicated.
-            torch.manual_seed(mix(self.config.seed, step, index, self.mesh.data_rank))
-            result = loss(engine, to_device(batch, self.mesh.device))
-            # DeepSpeed averages over data ranks; multiplied back, the gradient is that of sum / num_targets.
-            # At stage 0 it divides by the loss scale but leaves it to us to multiply.
-            factor = scale if is_replicated(engine) else 1.0
-            engine.backward(result.sum * (factor * self.mesh.data_ranks / max(1, num_targets)), scale_wrt_gas=False)
-            loss_sum += result.sum.detach().double()
-            own_targets += result.num_targets
-            if self.local and index == len(batches) - 1:
-                self._own_factor = num_targets / self.mesh.data_ranks / max(1, own_targets)
-                gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-                spread_failure(gradients, self.mesh)
-            engine.step()
+        # DeepSpeed averages over data ranks; multiplied back, the gradient is that of sum / num_targets.
+        factor = self.mesh.data_ranks / max(1, num_targets)
+        run = self._run_stage if self.stage else self._run_micro_batches
+        loss_sum = run(step, batches, loss, factor)
         norm = self._grad_norm()
-        total, squares = self.mesh.sum(float(loss_sum), norm * norm)
+        total, squares = self.mesh.sum(loss_sum, norm * norm)
         if self.local:
             norm = math.sqrt(squares / self.mesh.data_ranks)
             self.local.after_step(step)
         loss_mean = total / max(1, num_targets)
         skipped = not (math.isfinite(norm) and math.isfinite(loss_mean))
         return StepResult(loss_mean, num_targets, norm, rate, scale, skipped)
+
+    def _run_micro_batches(
+        self, step: int, batches: list[dict[str, np.ndarray]], loss: LossFunction, factor: float
+    ) -> float:
+        """Do a step with `factor` on the loss; return this rank's summed loss."""
+        engine, loss_sum, own_targets = self.deepspeed, 0.0, 0
+        # At stage 0 it divides by the loss scale but leaves it to us to multiply.
+        scale = self.loss_scale if is_replicated(engine) else 1.0
+        for index, batch in enumerate(batches):
+            self._seed(step, index)
+            result = loss(engine, to_device(batch, self.mesh.device))
+            engine.backward(result.sum * (scale * factor), scale_wrt_gas=False)
+            loss_sum += result.sum.detach().double()
+            own_targets += result.num_targets
+            if self.local and index == len(batches) - 1:
+                self._own_factor = 1 / (factor * max(1, own_targets))
+                gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+                spread_failure(gradients, self.mesh)
+            engine.step()
+        return float(loss_sum)
+
+    def _run_stage(self, step: int, batches: list[dict[str, np.ndarray]], loss: LossFunction, factor: float) -> float:
+        """Do the same as a stage of the pipeline: DeepSpeed says when the next micro-batch comes, in their order."""
+        assert self.stage
+        coming, loss_sum = enumerate(batches), 0.0
+
+        def work(own_layers: Any) -> torch.Tensor:
+            nonlocal loss_sum
+            index, batch = next(coming)
+            self._seed(step, index)
+            result = loss(own_layers, to_device(batch, self.mesh.device))  # only the last stage comes to its end
+            loss_sum += result.sum.detach().double()
+            return result.sum * (factor * len(batches))  # DeepSpeed divides by their number
+
+        self.stage.work = work
+        nothing = torch.zeros(1)  # each stage has its batches already
+        self.deepspeed.train_batch(repeat((nothing, nothing)))
+        return float(loss_sum)
+
+    def _seed(self, step: int, index: int) -> None:
+        """Let dropout be a function of (seed, step, micro-batch, data rank): a resume needs no saved generator.
+
+        Tensor ranks drop the same of what is replicated, stages of a pipeline each their own.
+        """
+        stage = (self.mesh.pipeline.rank,) if self.mesh.pipeline.rank else ()
+        torch.manual_seed(mix(self.config.seed, step, index, self.mesh.data_rank, *stage))
 
     @property
     def loss_scale(self) -> float:

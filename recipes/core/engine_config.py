@@ -41,7 +41,7 @@ def contradicts_sync(config: RunConfig, stage: int) -> str:
 
 def count_data_ranks(config: RunConfig, num_ranks: int) -> int:
     """Return how many of this many ranks share the batch."""
-    return num_ranks // config.parallel.tensor
+    return num_ranks // (config.parallel.tensor * config.parallel.pipeline)
 
 
 def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
     Raise UserError where the ranks, the batch or the model do not divide by the plan.
     """
     stage = zero_stage(config, native)
-    if config.parallel.tensor > 1:
-        _check_tensor_ranks(config, native, num_ranks, stage)
+    if config.parallel.tensor * config.parallel.pipeline > 1:
+        _check_plan(config, native, num_ranks, stage)
     plan = check_batch(config.batch, count_data_ranks(config, num_ranks))
     return {
         **native,
@@ -69,14 +69,32 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
     }
 
 
-def _check_tensor_ranks(config: RunConfig, native: dict[str, Any], num_ranks: int, stage: int) -> None:
+def _check_plan(config: RunConfig, native: dict[str, Any], num_ranks: int, stage: int) -> None:
     """Refuse a plan that the model does not allow; of the vocabulary, which may not be known yet, the model speaks."""
-    model = getattr(config, "model", None) if "tensor" in config.axes else None
-    make_plan(Job(model, 0, 1, config.batch, config.axes), num_ranks, config.parallel.tensor, zero_stage=stage)
+    model, parallel = getattr(config, "model", None) if config.axes else None, config.parallel
+    if parallel.pipeline > 1 and parallel.sync not in (None, "sharded"):
+        message = f"{parallel.sync} does not go with parallel.pipeline {parallel.pipeline}, which is at ZeRO stage 1"
+        raise UserError("parallel.sync", f"{message}; right would be sharded")
+    job = Job(model, 0, 1, config.batch, config.axes)
+    make_plan(job, num_ranks, parallel.tensor, parallel.pipeline, zero_stage=stage)
+    if parallel.pipeline > 1:
+        _check_pipeline(config, native)
     size = native.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     if size > 1:  # DeepSpeed lays it over neighbours (utils/groups.py), which hold different weights here
         where = "deepspeed.zero_optimization.zero_hpz_partition_size"
         raise UserError(where, f"{size} does not go with parallel.tensor {config.parallel.tensor}; right would be 1")
+
+
+def _check_pipeline(config: RunConfig, native: dict[str, Any]) -> None:
+    """Refuse what has not been shown to compute the same in stages as in one piece."""
+    pipeline = f"parallel.pipeline {config.parallel.pipeline}"
+    if config.precision.dtype == "fp16":
+        raise UserError("precision.dtype", f"fp16 does not go with {pipeline}; right would be bf16 or fp32")
+    if config.optimizer.name == "adamw_8bit":  # its blocks would round the two copies of a tied embedding differently
+        raise UserError("optimizer.name", f"adamw_8bit does not go with {pipeline}; right would be adamw")
+    for key in ("offload_optimizer", "offload_param"):
+        if key in native.get("zero_optimization", {}):
+            raise UserError(f"deepspeed.zero_optimization.{key}", f"does not go with {pipeline}; leave it out")
 
 
 def _precision_blocks(precision: PrecisionSection) -> dict[str, Any]:

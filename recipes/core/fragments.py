@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bigbatch.recipes.core import low_bit
-from bigbatch.recipes.core.layout import Share, logical_shape, share_of
+from bigbatch.recipes.core.layout import Share, logical_parameters, logical_shape, share_of
 from bigbatch.recipes.core.optim import Segment
 
 
@@ -38,9 +38,9 @@ class Fragment(NamedTuple):
         return optimizer.state[self.flat][key].view(-1)[self.offset : self.offset + self.master.numel()]
 
 
-def fragments(engine: Any) -> list[Fragment]:
+def fragments(engine: Any, module: nn.Module) -> list[Fragment]:
     """List this rank's pieces, in the order of the model's parameters."""
-    names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    names = {parameter: name for name, parameter in logical_parameters(module).items() if parameter.requires_grad}
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         found = _stage3(wrapper, names)
@@ -57,10 +57,10 @@ def fragments(engine: Any) -> list[Fragment]:
     return sorted(found, key=lambda fragment: order[fragment.name])
 
 
-def frozen(engine: Any, data_rank: int) -> list[Fragment]:
+def frozen(module: nn.Module, data_rank: int) -> list[Fragment]:
     """List this rank's pieces of the parameters that are not trained: whole ones, at stage 3 its partitions."""
     found = []
-    for name, weight in engine.module.named_parameters():
+    for name, weight in logical_parameters(module).items():
         if weight.requires_grad:
             continue
         start, flat = 0, weight.data.view(-1)
@@ -78,7 +78,7 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 def segments(pieces: list[Fragment], module: nn.Module) -> tuple[dict[torch.Tensor, list[Segment]], int]:
     """Return where each logical parameter lies in the flat tensors, and the number of logical parameters."""
-    numbers = {name: number for number, (name, _) in enumerate(module.named_parameters())}
+    numbers = {name: number for number, (name, _) in enumerate(logical_parameters(module).items())}
     found: dict[torch.Tensor, list[Segment]] = {}
     for piece in pieces:
         segment = Segment(piece.offset, piece.master.numel(), numbers[piece.name])

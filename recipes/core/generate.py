@@ -111,7 +111,7 @@ def _read_prompts(
     model: Decoder, prompts: Sequence[Sequence[int]], num_new_tokens: int, num_samples: int
 ) -> tuple[torch.Tensor, KeyValueCache]:
     """Return the logits [R, V] behind each prompt and the cache; prompts are aligned at their ends."""
-    device = model.head.weight.device
+    device = next(model.parameters()).device
     longest = max(map(len, prompts))
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 BLOCK_ELEMENTS = 2**24
 """What is copied at once: 64 MiB of float32."""
@@ -64,6 +65,28 @@ def logical_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Return the shape of the whole logical tensor, whatever tensor ranks and ZeRO-3 have left of it here."""
     share = share_of(parameter)
     return share.shape if share else tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def name_logically(model: nn.Module) -> None:
+    """Have the parameters keep their names and the model all shapes when layers are taken from it."""
+    model.shapes_of_all = logical_shapes(model)  # type: ignore[assignment]
+    for name, parameter in model.named_parameters():
+        parameter.logical_name = name  # type: ignore[attr-defined]
+
+
+def logical_parameters(module: nn.Module) -> dict[str, Any]:
+    """Return the parameters that are here under the names that they have in the whole model."""
+    return {getattr(parameter, "logical_name", name): parameter for name, parameter in module.named_parameters()}
+
+
+def logical_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all logical tensors of the model, of which a stage of a pipeline has a part."""
+    if hasattr(module, "shapes_of_all"):
+        return dict(module.shapes_of_all)  # type: ignore[arg-type]
+    shapes = {name: logical_shape(parameter) for name, parameter in logical_parameters(module).items()}
+    for path, part in module.named_modules():
+        shapes |= {f"{path}.{name}": shape for name, shape in getattr(part, "shapes_of_all", {}).items()}
+    return shapes
 
 
 class Rectangle(NamedTuple):

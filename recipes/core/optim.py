@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from bigbatch.recipes.core import low_bit
 from bigbatch.recipes.core.config import OptimizerSection
+from bigbatch.recipes.core.layout import logical_parameters
 
 
 class Segment(NamedTuple):
@@ -27,7 +28,7 @@ def build_optimizer(
     Parameters of one kind and one factor on the learning rate are one group, whose `scale` is that factor.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in logical_parameters(module).items():
         if parameter.requires_grad:
             # A ZeRO-3 parameter is empty here; ds_shape remembers what it was.
             is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2

@@ -31,7 +31,10 @@ ALONE = Axis()
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place among the ranks of the run: tensor ranks are neighbours, each line of them a data rank."""
+    """This process's place among the ranks of the run: tensor ranks are neighbours, each line of them a data rank.
+
+    Behind each other stand the pipeline's stages, each with all its data ranks.
+    """
 
     rank: int
     world_size: int
@@ -40,16 +43,25 @@ class Mesh:
     """The ranks that hold the parts of one model."""
     data_group: dist.ProcessGroup | None = None
     """The ranks that hold the same parts as this one; None: all."""
+    pipeline: Axis = ALONE
+    """The stages of one model."""
+    pipeline_ends: dist.ProcessGroup | None = None
+    """The first and the last stage, for those two."""
 
     @property
     def data_rank(self) -> int:
         """Which share of the batch this rank takes."""
-        return self.rank // self.tensor.size
+        return self.rank // self.tensor.size % self.data_ranks
 
     @property
     def data_ranks(self) -> int:
         """How many ranks share the batch."""
-        return self.world_size // self.tensor.size
+        return self.world_size // self.tensor.size // self.pipeline.size
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank speaks for its data rank in sums: its last stage does, where the loss is."""
+        return self.tensor.rank == 0 and self.pipeline.rank == self.pipeline.size - 1
 
     @property
     def is_writer(self) -> bool:
@@ -58,7 +70,7 @@ class Mesh:
 
     def sum(self, *values: float) -> list[float]:
         """Add up each value over the data ranks, each counted once, in float64. Collective: every rank must call it."""
-        return self.sum_of_all(*(values if self.tensor.rank == 0 else (0.0,) * len(values)))
+        return self.sum_of_all(*(values if self.counts else (0.0,) * len(values)))
 
     def sum_of_all(self, *values: float) -> list[float]:
         """Add up each value over all ranks, in float64. Collective: every rank must call it."""
@@ -107,14 +119,20 @@ class Mesh:
 
 def build_mesh(rank: int, plan: ParallelPlan, device: torch.device) -> Mesh:
     """Make the groups of a plan. Collective: every rank must call it."""
-    if plan.tensor == 1:
+    if plan.tensor == plan.pipeline == 1:
         return Mesh(rank, plan.world_size, device)
-    tensor, data = _group_of(rank, plan.groups("tensor")), _group_of(rank, plan.groups("data"))
-    axis = Axis(plan.coordinates(rank).tensor, plan.tensor, tensor)
-    return Mesh(rank, plan.world_size, device, axis, data)
+    place = plan.coordinates(rank)
+    data, tensor, pipeline, ends = _group_of(rank, plan.groups("data")), ALONE, ALONE, None
+    if plan.tensor > 1:
+        tensor = Axis(place.tensor, plan.tensor, _group_of(rank, plan.groups("tensor")))
+    if plan.pipeline > 1:
+        stages = plan.groups("pipeline")
+        pipeline = Axis(place.pipeline, plan.pipeline, _group_of(rank, stages))
+        ends = _group_of(rank, [(ranks[0], ranks[-1]) for ranks in stages])
+    return Mesh(rank, plan.world_size, device, tensor, data, pipeline, ends)
 
 
 def _group_of(rank: int, groups: list[tuple[int, ...]]) -> Any:
-    """Make all the groups, as every rank has to, and return the one that this rank is in."""
+    """Make all the groups, as every rank has to, and return the one that this rank is in, if any."""
     made = {ranks: dist.new_group(list(ranks)) for ranks in groups}
-    return next(group for ranks, group in made.items() if rank in ranks)
+    return next((group for ranks, group in made.items() if rank in ranks), None)

@@ -58,7 +58,7 @@ def run_train(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
     limit_seconds = run.config.watchdog.limit_seconds
     runtime.choose_algorithm(run.config.parallel.sync)
     with watched(run.run_dir, phase, limit_seconds):
-        mesh = runtime.start_mesh(limit_seconds, run.config.parallel.tensor)
+        mesh = runtime.start_mesh(limit_seconds, run.config.parallel.tensor, run.config.parallel.pipeline)
         status = train.train(run, mesh, stop, phase)
         runtime.leave_mesh(mesh)
     return status

@@ -18,7 +18,8 @@ from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, 
 Axis = Literal["data", "tensor", "pipeline", "sequence"]
 AXES: tuple[Axis, ...] = ("pipeline", "data", "sequence", "tensor")
 """Slowest first: the ranks of a tensor group are neighbours. Without a sequence axis the order is DeepSpeed's own."""
-MAX_PIPELINE_ZERO_STAGE = 1
+PIPELINE_ZERO_STAGE = 1
+"""At 0 DeepSpeed's pipeline takes the norm of one stage's gradients for that of all; 2 and 3 it refuses."""
 
 
 class Coordinates(NamedTuple):
@@ -131,8 +132,8 @@ def make_plan(
 def broken_rules(plan: ParallelPlan, job: Job, world_size: int) -> Iterator[BrokenRule]:
     """Yield every rule that a plan breaks, the batch algebra last."""
     yield from _broken_product(plan, world_size)
-    if plan.pipeline > 1 and plan.zero_stage > MAX_PIPELINE_ZERO_STAGE:
-        message = f"{plan.zero_stage} with pipeline {plan.pipeline}: DeepSpeed's pipeline takes 0 or 1"
+    if plan.pipeline > 1 and plan.zero_stage != PIPELINE_ZERO_STAGE:
+        message = f"{plan.zero_stage} with pipeline {plan.pipeline}; right is {PIPELINE_ZERO_STAGE}"
         yield BrokenRule("parallel.zero_stage", message)
     if plan.pipeline > 1 and plan.sequence > 1:
         message = (

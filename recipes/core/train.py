@@ -22,6 +22,7 @@ from bigbatch.recipes.core.engine import Engine, StepResult, partitioned_buildin
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from bigbatch.recipes.core.metrics import higher_is_better
 from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.pipeline import stage_building
 from bigbatch.recipes.core.process import StopFlag
 from bigbatch.recipes.core.recipe import DataSplits, Outputs, Samples, further
 from bigbatch.recipes.core.report import Reporter, StepRecord, measured_peak_flops
@@ -126,7 +127,10 @@ def _first_model(run: Run, mesh: Mesh, data: DataSplits) -> nn.Module:
     torch.manual_seed(run.config.seed)
     goes_on = bool(mesh.broadcast_text("yes" if checkpoint.committed(run.run_dir) else ""))
     reads_a_file = getattr(getattr(run.config, "model", None), "initialize_from", None) and not goes_on
-    with nullcontext() if reads_a_file else partitioned_building(run.deepspeed, mesh):
+    building = partitioned_building(run.deepspeed, mesh)
+    if mesh.pipeline.size > 1:
+        building = stage_building(run.config.model.num_layers, mesh.pipeline)  # type: ignore[attr-defined]
+    with nullcontext() if reads_a_file else building:
         return build_model(run, mesh, data.facts, initialize=not goes_on)
 
 
@@ -155,7 +159,7 @@ def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[st
         begin = time.monotonic()
         batches, order_hash = _next_batches(config, data.train, state, mesh)
         own_targets = sum(run.recipe.count_targets(batch) for batch in batches)
-        own_targets *= mesh.tensor.rank == 0  # each data rank's count once
+        own_targets *= mesh.counts  # each data rank's count once
         flags = float(bool(stop.signal_name)), float(saver.has_failed)
         num_targets, stops, failed = mesh.sum_of_all(own_targets, *flags)
         if failed:
@@ -306,7 +310,7 @@ def _evaluate_and_sample(session: Session, samples: Samples, phase: dict[str, An
     run, mesh, data, engine, reporter, _ = session
     begin, step = time.monotonic(), phase["step"]
     max_samples = run.config.evaluate.max_samples
-    figures = evaluate(run, engine.deepspeed, samples, mesh, data.facts, max_samples, phase=phase)
+    figures = evaluate(run, engine.answering, samples, mesh, data.facts, max_samples, phase=phase)
     del figures["num_targets"]  # the same each time
     reporter.evaluation(step, figures, time.monotonic() - begin)
     begin = time.monotonic()

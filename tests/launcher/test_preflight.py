@@ -66,6 +66,14 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
     assert told(findings_of("batch.micro_size=5", ranks=2))[0].startswith("batch.micro_size: 5 does not divide")
 
 
+def test_a_pipeline_with_too_few_micro_batches_is_warned_of():
+    settings = ["parallel.pipeline=2", "batch.global_size=32"]
+    assert told(findings_of(*settings, "batch.micro_size=32", ranks=2), "warning") == [
+        "batch.micro_size: 1 micro-batches keep 2 stages busy 50% of the time"
+    ]
+    assert told(findings_of(*settings, "batch.micro_size=8", ranks=4), "warning") == []
+
+
 def test_a_missing_source_says_where_it_was_looked_for(here, monkeypatch):
     monkeypatch.setenv("BIGBATCH_DATA", "/nowhere")
     assert told(findings_of('data.train=["text.txt", "no/*.txt"]')) == [

@@ -1,4 +1,4 @@
-"""Train run documents under plans with tensor ranks, and go on under others, in one start: `tensor_cases.py OUT`.
+"""Train run documents under plans of several axes, and go on under others, in one start: `tensor_cases.py OUT`.
 
 OUT/cases.json lists [name, document, plan, start]: OUT/<document>.json is a run document, OUT/<name>/ becomes the run
 folder, and a start is the name of a case that was trained before, whose checkpoint of step HALF is gone on with to the
@@ -27,11 +27,21 @@ from bigbatch.recipes.core.plan import ParallelPlan
 from bigbatch.recipes.core.process import StopFlag
 
 HALF = 5
-# Ranks, tensor ranks, ZeRO stage.
-PLANS: dict[str, tuple[int, int, int]] = {"one": (1, 1, 0), "dp2": (2, 1, 1), "zero3x2": (2, 1, 3)}
-PLANS |= {"zero0x2": (2, 1, 0)}
-PLANS |= {f"tp2_zero{stage}": (2, 2, stage) for stage in range(4)}
-PLANS |= {f"dp2xtp2_zero{stage}": (4, 2, stage) for stage in range(4)}
+PLANS = {
+    "one": ParallelPlan(zero_stage=0),
+    "dp2": ParallelPlan(data=2),
+    "zero0x2": ParallelPlan(data=2, zero_stage=0),
+    "zero1x2": ParallelPlan(data=2),
+    "zero3x2": ParallelPlan(data=2, zero_stage=3),
+    "tp2": ParallelPlan(tensor=2),
+    "dp2xtp2": ParallelPlan(data=2, tensor=2),
+    "pp2": ParallelPlan(pipeline=2),
+    "pp4": ParallelPlan(pipeline=4),
+    "dp2xpp2": ParallelPlan(data=2, pipeline=2),
+    "tp2xpp2": ParallelPlan(tensor=2, pipeline=2),
+}
+PLANS |= {f"tp2_zero{stage}": ParallelPlan(tensor=2, zero_stage=stage) for stage in range(4)}
+PLANS |= {f"dp2xtp2_zero{stage}": ParallelPlan(data=2, tensor=2, zero_stage=stage) for stage in range(4)}
 # By default tensors this small stay whole on every rank.
 SHARD_ALL = {"version": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 Case = tuple[str, str, str, str | None]
@@ -39,18 +49,21 @@ Case = tuple[str, str, str, str | None]
 
 def set_up(out: Path, case: Case) -> None:
     """Write the documents of a case's run folder, and bring the checkpoint that it goes on from."""
-    name, document, plan, start = case
-    num_ranks, tensor_ranks, stage = PLANS[plan]
-    overrides = [f"parallel.tensor={tensor_ranks}", f"parallel.zero_stage={stage}"]
-    if stage == 3:
+    name, document, plan_name, start = case
+    plan = PLANS[plan_name]
+    overrides = [f"parallel.tensor={plan.tensor}", f"parallel.zero_stage={plan.zero_stage}"]
+    if plan.zero_stage == 3:
         (out / "zero3.json").write_text(json.dumps(SHARD_ALL))
         overrides[1:] = ["parallel.zero_stage=null", f"deepspeed={out / 'zero3.json'}"]
+    if plan.pipeline > 1:
+        overrides.append(f"parallel.pipeline={plan.pipeline}")
     if start is None and not name.endswith("_whole"):
         overrides.append(f"schedule.stop_step={HALF}")
     resolved = resolve(str(out / f"{document}.json"), overrides)
     folder = RunDir(out / name)
     folder.path.mkdir()
-    write(folder, resolved.document, complete(resolved.config, resolved.deepspeed, num_ranks), resolved.content_id)
+    deepspeed = complete(resolved.config, resolved.deepspeed, plan.world_size)
+    write(folder, resolved.document, deepspeed, resolved.content_id)
     if start:
         saved = checkpoint.checkpoint_dir(out / start, HALF)
         shutil.copytree(saved, checkpoint.checkpoint_dir(folder.path, HALF))
@@ -61,8 +74,7 @@ def train_all(out: Path, cases: list[Case]) -> None:
     train.measured_peak_flops = cache(train.measured_peak_flops)  # half a second each time
     alone = runtime.start_mesh()
     for name, _, plan, _ in cases:
-        num_ranks, tensor_ranks, _ = PLANS[plan]
-        mesh = build_mesh(alone.rank, ParallelPlan(num_ranks // tensor_ranks, tensor_ranks), alone.device)
+        mesh = build_mesh(alone.rank, PLANS[plan], alone.device)
         run = load_run(out / name)
         train.train(run, mesh, StopFlag(), {"phase": "", "step": None})
         if name.endswith("_evaluated"):
@@ -82,7 +94,7 @@ def evaluate_checkpoint(run: train.Run, mesh: Mesh) -> dict[str, Any]:
 
 def num_ranks_of(case: Case) -> int:
     """Return how many processes train a case."""
-    return PLANS[case[2]][0]
+    return PLANS[case[2]].world_size
 
 
 def main(out: Path) -> int:

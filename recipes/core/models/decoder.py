@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         """Build it; raise UserError where the vocabulary does not divide over the tensor ranks."""
         super().__init__()
         self.section = section
-        self.vocabulary_size = vocabulary_size
+        self.vocabulary_size, self.tensor = vocabulary_size, tensor
         self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section, tensor.size), tensor)
         self.blocks = nn.ModuleList(Block(section, index, tensor) for index in range(section.num_layers))
         tied = self.embed.tokens if section.tie_embeddings else None
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
                 hidden = block(hidden, context)
         if cache:
             cache.length += tokens.shape[1]
-        return self.head(hidden[:, -1:] if last_only else hidden, labels)
+        return self.head(hidden, labels, last_only)
 
     def layers(self) -> list[nn.Module]:
         """List the modules in order of use, as a pipeline divides them."""
@@ -231,9 +231,11 @@ class LanguageModelHead(nn.Module):
             tied = Embedding(num_rows, section.hidden_size, section.initializer_range, tensor)
         self.weight = tied.weight
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, last_only: bool = False
+    ) -> torch.Tensor:
         """Return the logits [B, T, V] of hidden states [B, T, D], or the loss summed over labels [B, T]."""
-        hidden = self.norm(hidden)
+        hidden = self.norm(hidden[:, -1:] if last_only else hidden)
         if labels is None:
             logits = F.linear(copy_in(hidden, self.tensor), self.weight)
             return gather_out(logits, self.tensor)[..., : self.vocabulary_size]
@@ -254,8 +256,8 @@ class KeyValueCache:
     """
 
     def __init__(self, model: Decoder, num_rows: int, max_length: int, padding: torch.Tensor | None = None) -> None:
-        section, weight = model.section, model.head.weight
-        heads = section.key_value_heads // model.head.tensor.size
+        section, weight = model.section, next(model.parameters())
+        heads = section.key_value_heads // model.tensor.size
         shape = (section.num_layers, 2, num_rows, heads, max_length, section.head_size)
         self.states = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [layers, 2, B, K, S, E]
         self.padding = padding if padding is not None and bool(padding.any()) else None

@@ -126,12 +126,12 @@ def test_the_data_degree_and_the_accumulation_follow_from_the_ranks():
         (
             {"pipeline": 2, "zero_stage": 3},
             "parallel.zero_stage",
-            "3 with pipeline 2: DeepSpeed's pipeline takes 0 or 1",
+            "3 with pipeline 2; right is 1",
         ),
         (
             {"pipeline": 2, "zero_stage": 2},
             "parallel.zero_stage",
-            "2 with pipeline 2: DeepSpeed's pipeline takes 0 or 1",
+            "2 with pipeline 2; right is 1",
         ),
         (
             {"pipeline": 2, "sequence": 2},
@@ -196,7 +196,7 @@ def is_legal(model, world_size, data, tensor, pipeline, sequence, stage):
         and 128 % sequence == 0
         and key_value_heads % (tensor * sequence) == 0
         and model.num_heads % (tensor * sequence) == 0
-        and (pipeline == 1 or (stage < 2 and sequence == 1))
+        and (pipeline == 1 or (stage == 1 and sequence == 1))
         and 48 % data == 0
     )
 
