@@ -37,7 +37,15 @@ standard error, results to standard output. Exit status: 0 done; 2 a mistake in 
 75 stopped and saved, the same command goes on; 1 anything else."""
 
 ENDING_PREPARE = "ending; what is prepared stays"
-BENCH_RUNS = {"train": "gpt/bench", "checkpoint": "gpt/124m"}
+BENCH_RUNS = {"train": "gpt/bench", "checkpoint": "gpt/124m", "comm": "gpt/bench"}
+# The steps that `bench comm` measures are to have no gradients to send.
+ALONE = (
+    "deepspeed=null",
+    "parallel.zero_stage=null",
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.sync=local_sgd",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,24 +190,41 @@ def evaluate(run_dir: Path, split: str) -> int:
     return run_ranks(worker_command(f"evaluate:{split}", run_dir), 1, run_dir, answer="ending")
 
 
-def bench(what: str, bench_run: str | None, overrides: list[str], rounds: int, steps: int, as_json: bool) -> int:
-    """Measure training against other trainers, or saves against DeepSpeed's, on this machine, in turns."""
-    from bigbatch.launcher.local import run_ranks, worker_command
+def bench(
+    what: str,
+    bench_run: str | None,
+    ranks: int | None,
+    overrides: list[str],
+    rounds: int,
+    steps: int,
+    as_json: bool,
+) -> int:
+    """Measure training against other trainers, saves against DeepSpeed's, or communication, here and in turns."""
+    from bigbatch.launcher.local import default_ranks, run_ranks, worker_command
     from bigbatch.launcher.run_dir import RunDir, write
     from bigbatch.recipes.core.engine_config import complete
 
     _need_train_extra()
-    resolved = _resolve(bench_run or BENCH_RUNS[what], overrides)
-    if what == "train":
-        _refuse_errors(resolved, 1)
+    if ranks and what != "comm":
+        raise UserError("--ranks", f"found {ranks}; bench {what} takes one rank, only bench comm several")
+    if ranks == 1:
+        raise UserError("--ranks", "found 1; communication takes 2 or more")
+    ranks = ranks or (max(2, default_ranks()) if what == "comm" else 1)
+    resolved = _resolve(bench_run or BENCH_RUNS[what], [*overrides, *(ALONE if what == "comm" else ())])
+    if what != "checkpoint":
+        _refuse_errors(resolved, ranks)
     with _passing_folder("bench") as run_dir:
-        deepspeed = complete(resolved.config, resolved.deepspeed, 1)
+        deepspeed = complete(resolved.config, resolved.deepspeed, ranks)
         write(RunDir(run_dir), resolved.document, deepspeed, resolved.content_id)
         if what == "checkpoint":  # its data need not be there
             return importlib.import_module("bigbatch.tools.bench_checkpoint").bench_checkpoint(run_dir, rounds, as_json)
         status = run_ranks(worker_command("prepare", run_dir), 1, run_dir, answer=ENDING_PREPARE)
         if status != EXIT_DONE:
             return status
+        if what == "comm":
+            arguments = [str(run_dir), str(rounds), "json" if as_json else "table"]
+            command = [sys.executable, "-P", "-m", "bigbatch.tools.bench_comm", *arguments]
+            return run_ranks(command, ranks, run_dir, answer="ending")
         return importlib.import_module("bigbatch.tools.bench").bench_train(run_dir, rounds, steps, as_json)
 
 
@@ -231,7 +256,7 @@ VERBS = {
     "prepare": Verb(prepare, ("run", "--set")),
     "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--resume")),
     "evaluate": Verb(evaluate, ("run_dir", "--split")),
-    "bench": Verb(bench, ("what", "bench_run", "--set", "--rounds", "--steps", "--json")),
+    "bench": Verb(bench, ("what", "bench_run", "--ranks", "--set", "--rounds", "--steps", "--json")),
 }
 
 # verb -> (module whose main(arguments) owns the flags, summary)

@@ -13,7 +13,7 @@ from typing import Any
 import bigbatch.ds_configs
 from bigbatch.launcher.problems import Problem, meant, shown
 from bigbatch.recipes.core.config import DOCUMENT_VERSION, RunConfig
-from bigbatch.recipes.core.engine_config import OWNED_KEYS, zero_stage
+from bigbatch.recipes.core.engine_config import OWNED_KEYS, contradicts_sync, zero_stage
 
 DEEPSPEED_VERSION = "0.19.8"
 TABLE = Path(bigbatch.ds_configs.__file__).parent / "schema" / f"deepspeed_{DEEPSPEED_VERSION}.json"
@@ -71,6 +71,15 @@ _NO_EFFECT = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "there is no Muon here",
     "zero_optimization.zenflow": _OWN_OPTIMIZERS,
 }
+
+# Keys that DeepSpeed has removed -> what serves their purpose now.
+_INSTEAD = {
+    "elasticity": "a run goes on with any number of ranks, bigbatch train RUN_DIR --ranks N",
+    "zero_optimization.mics_shard_size": "zero_hpz_partition_size keeps each layer's weights within so many ranks",
+    "zero_optimization.mics_hierarchical_params_gather": "zero_hpz_partition_size gathers within a node",
+    "zero_optimization.zeropp_loco_param": "zero_quantized_gradients is without it",
+}
+_COMPRESSED_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam")
 
 # Keys of zero_optimization -> the stages in which DeepSpeed reads them; those named stage3_* follow from the name.
 _STAGES = {
@@ -152,7 +161,8 @@ def _check_block(block: dict[str, Any], known: dict[str, Any], parent: str) -> t
 
 def _refusal(path: str, name: str, known: dict[str, Any]) -> str | None:
     if path in _table()["removed"] and path not in OWNED_KEYS:
-        return f"DeepSpeed {DEEPSPEED_VERSION} has removed this; leave it out"
+        instead = f": {_INSTEAD[path]}" if path in _INSTEAD else ""
+        return f"DeepSpeed {DEEPSPEED_VERSION} has removed this; leave it out{instead}"
     if name not in known and path not in OWNED_KEYS:
         return f"unknown to DeepSpeed {DEEPSPEED_VERSION}; {meant(name, known)}"
     return None
@@ -163,6 +173,9 @@ def _owned(path: str, value: Any) -> Iterator[Problem]:
     if isinstance(value, dict) and value:
         for name, part in value.items():
             yield from _owned(f"{path}.{name}", part)
+    elif path == "optimizer.type" and str(value).lower() in _COMPRESSED_OPTIMIZERS:
+        instead = "to send less, set parallel.sync to local_sgd, or zero_quantized_gradients on GPUs"
+        yield Problem(path, f"found {shown(value)}, which DeepSpeed {DEEPSPEED_VERSION} has removed; {instead}")
     elif value != "auto":
         owner = _OWNED_PARTS.get(path) or OWNED_KEYS[path.partition(".")[0]]
         yield Problem(path, f"found {shown(value)}; the run document says this: {owner}")
@@ -221,6 +234,12 @@ def _stage_stated_twice(native: dict[str, Any], config: RunConfig) -> Iterator[P
         )
 
 
+def _stage_against_sync(native: dict[str, Any], config: RunConfig) -> Iterator[Problem]:
+    stage = native.get("zero_optimization", {}).get("stage")
+    if stage is not None and config.parallel.zero_stage is None and (message := contradicts_sync(config, stage)):
+        yield Problem("zero_optimization.stage", message)
+
+
 def _stages_without_effect(native: dict[str, Any], config: RunConfig) -> Iterator[Problem]:
     stage = zero_stage(config, native)
     for name in native.get("zero_optimization", {}):
@@ -257,6 +276,7 @@ def _scaling_that_scatter_forbids(native: dict[str, Any], config: RunConfig) -> 
 
 _RUN_RULES = (
     _stage_stated_twice,
+    _stage_against_sync,
     _stages_without_effect,
     _offload_without_effect,
     _scaling_that_scatter_forbids,

@@ -19,7 +19,7 @@ from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
 from bigbatch.recipes.core.data.sources import SourceFile, archive_and_member, is_local, list_files
-from bigbatch.recipes.core.engine_config import complete
+from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
 
 SPLITS = ("train", "validation", "test")
@@ -56,11 +56,17 @@ def check_run(run: str, overrides: Sequence[str], ranks: int, run_dir: Path = RU
 def check(resolved: Resolved, ranks: int, run_dir: Path = RUNS) -> list[Finding]:
     """Check a resolved run for this many ranks (processes) against this machine: errors first, derived numbers last."""
     config: Any = resolved.config
-    findings = [*_batch(resolved, ranks), *_data(config), *_model_files(config), *_devices(config, resolved.deepspeed)]
+    findings = [
+        *_batch(resolved, ranks),
+        *_sync(config),
+        *_data(config),
+        *_model_files(config),
+        *_devices(config, resolved.deepspeed),
+    ]
     # The numbers begin with the size of the vocabulary and of the model to start from.
     known = all(finding.rule not in ("tokenizer", "weights") for finding in findings)
     parameters = _parameters(config) if known else None
-    findings += [*_disk(config, run_dir, parameters), *_numbers(config, parameters)]
+    findings += [*_disk(config, run_dir, parameters, count_data_ranks(config, ranks)), *_numbers(config, parameters)]
     order = ("error", "warning", "info")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 
@@ -97,7 +103,7 @@ def _batch(resolved: Resolved, ranks: int) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("batch", "error", error.where, error.message)
         return
-    size, micro_size, accumulated = plan["train_batch_size"], *(plan[key] for key in _BATCH_KEYS)
+    size, micro_size, accumulated = resolved.config.batch.global_size, *(plan[key] for key in _BATCH_KEYS)
     data_ranks = size // (micro_size * accumulated)
     shared = "ranks" if data_ranks == ranks else f"data ranks ({ranks} ranks)"
     algebra = f"{micro_size} a forward pass x {accumulated} accumulated x {data_ranks} {shared}"
@@ -107,6 +113,12 @@ def _batch(resolved: Resolved, ranks: int) -> Iterator[Finding]:
         busy = f"{accumulated} micro-batches keep {stages} stages busy {accumulated / (accumulated + stages - 1):.0%}"
         advice = f"a batch.micro_size of which {stages} or more are accumulated" if size // data_ranks >= stages else ""
         yield Finding("batch", "warning", "batch.micro_size", f"{busy} of the time", advice)
+
+
+def _sync(config: RunConfig) -> Iterator[Finding]:
+    if config.parallel.sync == "ring":
+        message = "NCCL gets NCCL_ALGO=Ring; on CPUs gloo's all-reduce is a ring by itself"
+        yield Finding("sync", "info", "parallel.sync", message)
 
 
 def _data(config: Any) -> Iterator[Finding]:
@@ -245,7 +257,7 @@ def _devices(config: RunConfig, deepspeed: dict[str, Any]) -> Iterator[Finding]:
             yield Finding("device", "warning", f"zero_optimization.{name}", "needs a GPU; there is none here")
 
 
-def _disk(config: Any, run_dir: Path, parameters: "_Parameters | None") -> Iterator[Finding]:
+def _disk(config: Any, run_dir: Path, parameters: "_Parameters | None", data_ranks: int) -> Iterator[Finding]:
     existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield Finding(
@@ -255,6 +267,8 @@ def _disk(config: Any, run_dir: Path, parameters: "_Parameters | None") -> Itera
     if parameters is None:
         return
     size = checkpoint_bytes(parameters.count, config.optimizer)
+    if config.parallel.sync == "local_sgd":  # each rank's own, and once the outer parameters and their momentum
+        size = size * data_ranks + 8 * parameters.count
     stay = config.schedule.total_steps // keeps.keep_every_steps if keeps.keep_every_steps else 0
     # The next one is whole before the oldest goes.
     needed, free = size * (keeps.keep + 1 + stay), shutil.disk_usage(existing).free

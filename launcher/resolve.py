@@ -41,6 +41,8 @@ _KINDS: dict[str, Kind] = {
     "schedule": "changes_optimization",
     "schedule.stop_step": "harmless",
     "precision.dtype": "changes_optimization",
+    "parallel.sync": "changes_optimization",
+    "parallel.local_sgd": "changes_optimization",
     "batch.global_size": "changes_optimization",
     "batch.ramp": "changes_optimization",
 }

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from bigbatch.launcher.problems import Problem, meant, shown
 from bigbatch.recipes.core.config import RunConfig, Section, TokenizerSection
+from bigbatch.recipes.core.engine_config import contradicts_sync
 
 
 def broken_rules(config: RunConfig) -> list[Problem]:
@@ -118,8 +119,20 @@ def _labels_are_sound(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"objective.class_weights.{name}", f"no such label; {meant(name, data.labels)}")
 
 
+def _sync_fits(config: RunConfig) -> Iterator[Problem]:
+    parallel, total_steps = config.parallel, config.schedule.total_steps
+    if parallel.zero_stage is not None and (message := contradicts_sync(config, parallel.zero_stage)):
+        yield Problem("parallel.zero_stage", message)
+    if parallel.sync != "local_sgd":
+        return
+    if parallel.local_sgd.every_steps > total_steps:
+        message = f"found {parallel.local_sgd.every_steps}; right is schedule.total_steps ({total_steps}) or less"
+        yield Problem("parallel.local_sgd.every_steps", message)
+
+
 _RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _schedule_fits,
+    _sync_fits,
     _ramp_ascends,
     _tokenizer_is_whole,
     _sequence_fits,
@@ -158,7 +171,14 @@ def _has_held_out(run: Any) -> bool:
     return bool(run.data.validation or run.data.validation_fraction or run.data.test or run.data.test_fraction)
 
 
+def _trains_alone(run: RunConfig) -> bool:
+    return run.parallel.sync == "local_sgd"
+
+
 _EFFECTS = (
+    _Effect("parallel.local_sgd.every_steps", _trains_alone, "parallel.sync local_sgd"),
+    _Effect("parallel.local_sgd.outer_learning_rate", _trains_alone, "parallel.sync local_sgd"),
+    _Effect("parallel.local_sgd.outer_momentum", _trains_alone, "parallel.sync local_sgd"),
     _Effect("optimizer.momentum", lambda run: run.optimizer.name == "sgd", "optimizer.name sgd"),
     _Effect("optimizer.betas", lambda run: run.optimizer.name not in ("sgd", "adagrad"), "an optimizer with moments"),
     _Effect("optimizer.epsilon", lambda run: run.optimizer.name not in ("sgd", "lion"), "an optimizer that divides"),

@@ -3,8 +3,9 @@
 A checkpoint is a folder `checkpoints/step_00001000` with one safetensors file a rank and one `manifest.json`. The
 manifest names every logical tensor (name, shape) and where its pieces lie: file, kind (`master`, or a state of the
 optimizer), first element and length in the flattened tensor; and where a tensor rank had but a share of it, what share:
-[dim, [[begin, end], ...]], the piece being a range of these rows or columns put together. It is written last, by
-rename, after all shards are on disk: a folder without a manifest that verifies does not exist.
+[dim, [[begin, end], ...]], the piece being a range of these rows or columns put together. Where data ranks train alone
+(parallel.sync local_sgd), `exp_avg@1` is that of data rank 1, and `exp_avg` reads as the mean of all ranks'. It is
+written last, by rename, after all shards are on disk: a folder without a manifest that verifies does not exist.
 
 Longer than other files: what is written and how it is read back are one contract.
 """
@@ -25,6 +26,7 @@ from bigbatch.recipes.core.engine import Engine
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.fragments import Fragment, is_replicated
 from bigbatch.recipes.core.layout import Share, copy_overlap, logical_shapes, rectangles, share_of
+from bigbatch.recipes.core.local_sgd import ANCHOR, MOMENTUM
 from bigbatch.recipes.core.optim import set_state, state_keys
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.tensor_file import (
@@ -123,7 +125,7 @@ def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
     """Yield what this rank writes, float32, as views where it is that.
 
     Of what all data ranks have (stage 0) each takes a part; what all tensor ranks have is the first one's, and what two
-    stages of a pipeline have is the first stage's.
+    stages of a pipeline have is the first stage's. Where data ranks train alone, each writes its own.
     """
 
     def taken(fragment: Fragment, kind: str, values: torch.Tensor, is_everywhere: bool) -> Iterator[Part]:
@@ -137,11 +139,17 @@ def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
     def is_own(fragment: Fragment) -> bool:
         return fragment.name not in engine.copies and (mesh.tensor.rank == 0 or fragment.share is not None)
 
-    is_everywhere = is_replicated(engine.deepspeed)
+    is_everywhere, local = is_replicated(engine.deepspeed), engine.local
+    own = f"@{mesh.data_rank}" if local else ""
+    master = MASTER if local is None or local.is_met else MASTER + own
     for fragment in filter(is_own, engine.fragments()):
-        yield from taken(fragment, MASTER, fragment.master, is_everywhere)
+        yield from taken(fragment, master, fragment.master, is_everywhere and master == MASTER)
         for key in _present_keys(engine):
-            yield from taken(fragment, key, fragment.state(engine.optimizer, key), is_everywhere)
+            yield from taken(fragment, key + own, fragment.state(engine.optimizer, key), is_everywhere and not local)
+    for fragment, outer in local.pieces() if local else ():
+        for kind in (MOMENTUM,) if master == MASTER else outer:  # at a meeting the masters are the outer parameters
+            if is_own(fragment):
+                yield from taken(fragment, kind, outer[kind], is_everywhere)
     for fragment in filter(is_own, engine.frozen()):
         yield from taken(fragment, MASTER, fragment.master, engine.deepspeed.zero_optimization_stage() < 3)
 
@@ -157,6 +165,8 @@ def engine_state(engine: Engine) -> dict[str, Any]:
     state: dict[str, Any] = {"zero_stage": stage, "ranks": mesh.world_size}
     state |= {"tensor_ranks": mesh.tensor.size, "pipeline_ranks": mesh.pipeline.size}
     steps = [float(value["step"]) for value in engine.optimizer.state.values() if "step" in value]
+    if engine.local:
+        state["local_ranks"] = mesh.data_ranks
     state["optimizer"] = {"name": engine.config.optimizer.name, "steps": steps[0] if steps else None}
     if engine.loss_scaler:
         state["loss_scaler"] = {
@@ -304,22 +314,32 @@ def _load_into(reader: "Reader", engine: Engine) -> None:
     optimizer_state = reader.manifest["optimizer"]
     same_optimizer = optimizer_state["name"] == engine.config.optimizer.name
     steps = optimizer_state["steps"] if same_optimizer else None
-    has_state = same_optimizer and (steps is not None or any(kind != MASTER for kind in reader.kinds()))
+    kinds = {kind.partition("@")[0] for kind in reader.kinds()}
+    has_state = same_optimizer and (steps is not None or not kinds.isdisjoint(state_keys(engine.config.optimizer)))
     keys = state_keys(engine.config.optimizer) if has_state else ()
+    # Each rank's own, if there are as many as then; else the mean of all.
+    is_own = engine.local is not None and reader.manifest.get("local_ranks") == engine.mesh.data_ranks
+    own = f"@{engine.mesh.data_rank}" if is_own else ""
     engine.optimizer.state.clear()
     states: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for fragment in engine.fragments():
-        reader.read_into(fragment.name, MASTER, fragment.start, fragment.master, fragment.share)
+        reader.read_into(fragment.name, MASTER + own, fragment.start, fragment.master, fragment.share)
         if fragment.flat not in states:
             states[fragment.flat] = {key: torch.zeros_like(fragment.flat.detach()) for key in keys}
         for key, tensor in states[fragment.flat].items():
             part = tensor.view(-1)[fragment.offset : fragment.offset + fragment.master.numel()]
-            reader.read_into(fragment.name, key, fragment.start, part, fragment.share)
+            reader.read_into(fragment.name, key + own, fragment.start, part, fragment.share)
     if has_state:
         for flat, tensors in states.items():
             set_state(engine.optimizer, flat, tensors, steps)
     for fragment in engine.frozen():
         reader.read_into(fragment.name, MASTER, fragment.start, fragment.master, fragment.share)
+    if engine.local:
+        engine.local.begin()
+        engine.local.is_met = ANCHOR not in kinds
+        for fragment, outer in engine.local.pieces():
+            for kind in kinds & outer.keys():
+                reader.read_into(fragment.name, kind, fragment.start, outer[kind], fragment.share)
     for key, value in reader.manifest.get("loss_scaler", {}).items():
         if engine.loss_scaler:
             setattr(engine.loss_scaler, key, value)
@@ -405,8 +425,25 @@ class Reader:
     def read_into(self, name: str, kind: str, start: int, target: torch.Tensor, share: Share | None = None) -> None:
         """Fill `target` [n] with elements start..start+n of the flattened tensor, from whichever files hold them.
 
-        With a share, of the flattened share.
+        With a share, of the flattened share. What only single ranks have is their mean.
         """
+        first, *others = self._kinds_of(name, kind)
+        self._fill(name, first, start, target, share)
+        if others:
+            part = torch.empty_like(target)
+            for other in others:
+                self._fill(name, other, start, part, share)
+                target.add_(part)
+            target.div_(1 + len(others))
+
+    def _kinds_of(self, name: str, kind: str) -> list[str]:
+        """Name the kind that is stored, all ranks' where there is none for all, that for all where a rank has none."""
+        stored, shared = {piece[1] for piece in self.tensors[name]["pieces"]}, kind.partition("@")[0]
+        if kind in stored or shared in stored:
+            return [kind if kind in stored else shared]
+        return sorted(other for other in stored if other.startswith(f"{shared}@")) or [kind]
+
+    def _fill(self, name: str, kind: str, start: int, target: torch.Tensor, share: Share | None) -> None:
         filled = 0
         for piece in (Piece(*piece) for piece in self.tensors[name]["pieces"]):
             if piece.kind == kind:

@@ -121,6 +121,16 @@ class BatchSection(Section):
     ramp: tuple[RampStage, ...] = ()
 
 
+class LocalSgdSection(Section):
+    """How ranks that train alone meet (DiLoCo, https://arxiv.org/abs/2311.08105); for `sync` local_sgd."""
+
+    every_steps: PositiveInt = 500
+    """Each rank steps alone for so long; the ranks also meet at the last step of the schedule."""
+    outer_learning_rate: PositiveFloat = 0.7
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Nesterov's; 0 with an outer learning rate of 1 takes the plain mean of the ranks' parameters."""
+
+
 class ParallelSection(Section):
     """How the work is divided. The number of data ranks follows: the processes started over the others here."""
 
@@ -129,7 +139,12 @@ class ParallelSection(Section):
     pipeline: PositiveInt = 1
     """Stages that consecutive layers are divided into; micro-batches pass through one after another. ZeRO stage 1."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
-    """ZeRO stage; by default the DeepSpeed document's, else 1."""
+    """ZeRO stage; by default the DeepSpeed document's, else 0 or 1 as `sync` asks."""
+    sync: Literal["all_reduce", "ring", "sharded", "local_sgd"] | None = None
+    """What the data ranks exchange. all_reduce: gradients, all to all ranks (stage 0). ring: the same, and NCCL has to
+    take its ring. sharded: each rank is the server of its shard (stages 1 to 3). local_sgd: parameters, every so many
+    steps (stage 0). By default the stage's."""
+    local_sgd: LocalSgdSection = LocalSgdSection()
 
 
 class PrecisionSection(Section):

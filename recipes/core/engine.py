@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from bigbatch.recipes.core.batch import plan_batch
@@ -25,8 +26,9 @@ from bigbatch.recipes.core.fragments import (
     write_back,
 )
 from bigbatch.recipes.core.layout import share_of
+from bigbatch.recipes.core.local_sgd import LocalSgd, spread_failure
 from bigbatch.recipes.core.optim import Lamb, build_optimizer
-from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.parallel import Axis, Mesh
 from bigbatch.recipes.core.pipeline import Stage, pipeline_module
 from bigbatch.recipes.core.recipe import Batch, Loss
 from bigbatch.recipes.core.schedule import learning_rate_factor
@@ -41,7 +43,7 @@ class StepResult(NamedTuple):
     """Mean over all targets of the global batch."""
     num_targets: int
     grad_norm: float
-    """Global 2-norm before clipping."""
+    """Global 2-norm before clipping; where ranks train alone, the root mean square of theirs."""
     learning_rate: float
     loss_scale: float
     skipped: bool
@@ -66,12 +68,13 @@ class Engine:
         """Wrap the module. Collective: every rank must call it."""
         self.config, self.mesh, self.module = config, mesh, module
         self.stage = Stage(module, mesh.pipeline, mesh.device) if mesh.pipeline.size > 1 else None
-        self._hook_norm = math.nan
+        self._hook_norm, self._own_factor = math.nan, 1.0
         optimizer = build_optimizer(config.optimizer, module, learning_rate_scales)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may step once while it sets up
         deepspeed = import_deepspeed()
-        mpu, wrapped = _model_parallel_unit(mesh), module
+        is_local = config.parallel.sync == "local_sgd"
+        mpu, wrapped = _model_parallel_unit(mesh, is_local), module
         if self.stage:
             wrapped, mpu = pipeline_module(deepspeed, self.stage, mesh), None
         deepspeed.utils.groups.mpu = mpu  # else that of an engine before this one stays
@@ -83,6 +86,8 @@ class Engine:
         if is_replicated(self.deepspeed):
             self._divided = {fragment.flat for fragment in self.fragments() if fragment.share}
             self.optimizer.register_step_pre_hook(self._clip_float32_gradients)
+        self.local = LocalSgd(config, mesh, self.fragments, self.write_back) if is_local else None
+        """What a rank that trains alone has of the others."""
         if isinstance(self.optimizer, Lamb):
             self.optimizer.set_segments(*segments(self.fragments(), module), self._sum_squares)
 
@@ -108,6 +113,10 @@ class Engine:
         """Bring the working weights up to date with restored masters. Collective: every rank must call it."""
         write_back(self.deepspeed)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Have the same weights on all data ranks for a while. Collective: every rank must call it."""
+        return self.local.averaged() if self.local else nullcontext()
+
     @property
     def loss_scaler(self) -> Any:
         """DeepSpeed's loss scaler (fp16), else None."""
@@ -127,8 +136,9 @@ class Engine:
         engine = self.deepspeed
         engine.train()
         plan = plan_batch(self.config.batch, self.mesh.data_ranks, step)
-        if engine.train_batch_size() != plan.global_size:
-            engine.set_train_batch_size(plan.global_size)
+        size = plan.global_size // (plan.data_ranks if self.local else 1)
+        if engine.train_batch_size() != size:
+            engine.set_train_batch_size(size)
         rate = self.config.optimizer.learning_rate * learning_rate_factor(self.config.schedule, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -136,8 +146,12 @@ class Engine:
         # DeepSpeed averages over data ranks; multiplied back, the gradient is that of sum / num_targets.
         factor = self.mesh.data_ranks / max(1, num_targets)
         run = self._run_stage if self.stage else self._run_micro_batches
-        (total,) = self.mesh.sum(run(step, batches, loss, factor))
+        loss_sum = run(step, batches, loss, factor)
         norm = self._grad_norm()
+        total, squares = self.mesh.sum(loss_sum, norm * norm)
+        if self.local:
+            norm = math.sqrt(squares / self.mesh.data_ranks)
+            self.local.after_step(step)
         loss_mean = total / max(1, num_targets)
         skipped = not (math.isfinite(norm) and math.isfinite(loss_mean))
         return StepResult(loss_mean, num_targets, norm, rate, scale, skipped)
@@ -146,14 +160,19 @@ class Engine:
         self, step: int, batches: list[dict[str, np.ndarray]], loss: LossFunction, factor: float
     ) -> float:
         """Do a step with `factor` on the loss; return this rank's summed loss."""
-        engine, loss_sum = self.deepspeed, 0.0
+        engine, loss_sum, own_targets = self.deepspeed, 0.0, 0
         # At stage 0 it divides by the loss scale but leaves it to us to multiply.
-        factor *= self.loss_scale if is_replicated(engine) else 1.0
+        scale = self.loss_scale if is_replicated(engine) else 1.0
         for index, batch in enumerate(batches):
             self._seed(step, index)
             result = loss(engine, to_device(batch, self.mesh.device))
-            engine.backward(result.sum * factor, scale_wrt_gas=False)
+            engine.backward(result.sum * (scale * factor), scale_wrt_gas=False)
             loss_sum += result.sum.detach().double()
+            own_targets += result.num_targets
+            if self.local and index == len(batches) - 1:
+                self._own_factor = 1 / (factor * max(1, own_targets))
+                gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+                spread_failure(gradients, self.mesh)
             engine.step()
         return float(loss_sum)
 
@@ -208,6 +227,10 @@ class Engine:
     def _clip_float32_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip before a step at stage 0, where DeepSpeed would take the norm of the bf16 gradients in bf16."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self._own_factor != 1.0:  # from the mean over all ranks' targets to that over this rank's
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._own_factor)
         norm = self._total_norm([p for p in parameters if p.grad is not None])
         self._hook_norm = float(norm)
         if not math.isfinite(self._hook_norm):
@@ -228,17 +251,22 @@ class Engine:
         return square.sqrt()
 
 
-def _model_parallel_unit(mesh: Mesh) -> Any:
-    """Answer what DeepSpeed asks a Megatron about the groups; None without tensor ranks."""
-    if mesh.tensor.size == 1:
+def _model_parallel_unit(mesh: Mesh, is_local: bool = False) -> Any:
+    """Answer what DeepSpeed asks a Megatron about the groups; None without tensor ranks.
+
+    `is_local`: this rank is to have no other data ranks.
+    """
+    if mesh.tensor.size == 1 and not is_local:
         return None
+    alone: Any = dist.new_group([mesh.rank], use_local_synchronization=True) if is_local else None
+    data = Axis(group=alone) if is_local else Axis(mesh.data_rank, mesh.data_ranks, mesh.data_group)
     answers = {
         "model_parallel_rank": mesh.tensor.rank,
         "model_parallel_world_size": mesh.tensor.size,
-        "model_parallel_group": mesh.tensor.group,
-        "data_parallel_rank": mesh.data_rank,
-        "data_parallel_world_size": mesh.data_ranks,
-        "data_parallel_group": mesh.data_group,
+        "model_parallel_group": mesh.tensor.group or alone,
+        "data_parallel_rank": data.rank,
+        "data_parallel_world_size": data.size,
+        "data_parallel_group": data.group,
     }
     return SimpleNamespace(**{f"get_{name}": lambda answer=answer: answer for name, answer in answers.items()})
 

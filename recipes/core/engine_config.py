@@ -25,10 +25,23 @@ OWNED_KEYS = {
 
 
 def zero_stage(config: RunConfig, native: dict[str, Any]) -> int:
-    """Return the ZeRO stage: the run document's, else the DeepSpeed document's, else 1."""
+    """Return the ZeRO stage: of the run document, else of the DeepSpeed document, else as `parallel.sync` asks."""
     if config.parallel.zero_stage is not None:
         return config.parallel.zero_stage
-    return native.get("zero_optimization", {}).get("stage", 1)
+    return native.get("zero_optimization", {}).get("stage", int(config.parallel.sync in (None, "sharded")))
+
+
+def contradicts_sync(config: RunConfig, stage: int) -> str:
+    """Say what is wrong with a ZeRO stage under `parallel.sync`, or ""."""
+    sync = config.parallel.sync
+    if sync is None or (stage > 0) == (sync == "sharded"):
+        return ""
+    return f"found {stage}, and parallel.sync {sync} is stage {'1, 2 or 3' if sync == 'sharded' else '0'}"
+
+
+def count_data_ranks(config: RunConfig, num_ranks: int) -> int:
+    """Return how many of this many ranks share the batch."""
+    return num_ranks // (config.parallel.tensor * config.parallel.pipeline)
 
 
 def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[str, Any]:
@@ -39,10 +52,11 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
     stage = zero_stage(config, native)
     if config.parallel.tensor * config.parallel.pipeline > 1:
         _check_plan(config, native, num_ranks, stage)
-    plan = check_batch(config.batch, num_ranks // (config.parallel.tensor * config.parallel.pipeline))
+    plan = check_batch(config.batch, count_data_ranks(config, num_ranks))
     return {
         **native,
-        "train_batch_size": plan.global_size,
+        # Under local SGD each data rank is a run of its own to DeepSpeed.
+        "train_batch_size": plan.global_size // (plan.data_ranks if config.parallel.sync == "local_sgd" else 1),
         "train_micro_batch_size_per_gpu": plan.micro_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
         # At stage 0 DeepSpeed takes the norm of the low-precision gradients; the engine clips the float32 ones itself.
@@ -58,6 +72,9 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
 def _check_plan(config: RunConfig, native: dict[str, Any], num_ranks: int, stage: int) -> None:
     """Refuse a plan that the model does not allow; of the vocabulary, which may not be known yet, the model speaks."""
     model, parallel = getattr(config, "model", None) if config.axes else None, config.parallel
+    if parallel.pipeline > 1 and parallel.sync not in (None, "sharded"):
+        message = f"{parallel.sync} does not go with parallel.pipeline {parallel.pipeline}, which is at ZeRO stage 1"
+        raise UserError("parallel.sync", f"{message}; right would be sharded")
     job = Job(model, 0, 1, config.batch, config.axes)
     make_plan(job, num_ranks, parallel.tensor, parallel.pipeline, zero_stage=stage)
     if parallel.pipeline > 1:

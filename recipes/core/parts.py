@@ -56,6 +56,7 @@ def run_train(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
     if stop.signal_name:  # nothing to save yet
         return EXIT_REQUEUE
     limit_seconds = run.config.watchdog.limit_seconds
+    runtime.choose_algorithm(run.config.parallel.sync)
     with watched(run.run_dir, phase, limit_seconds):
         mesh = runtime.start_mesh(limit_seconds, run.config.parallel.tensor, run.config.parallel.pipeline)
         status = train.train(run, mesh, stop, phase)

@@ -48,6 +48,12 @@ def start_mesh(watch_seconds: float | None = None, tensor_ranks: int = 1, pipeli
     return build_mesh(int(os.environ["RANK"]), plan, device)
 
 
+def choose_algorithm(sync: str | None) -> None:
+    """Have NCCL take its ring where `parallel.sync` is ring, before a group begins; gloo's all-reduce always is one."""
+    if sync == "ring":
+        os.environ["NCCL_ALGO"] = "Ring"
+
+
 def leave_mesh(mesh: Mesh) -> None:
     """Leave the process group in step, so that no rank finds its peers gone. Collective."""
     mesh.barrier()

@@ -143,7 +143,9 @@ def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[st
         advanced = state.step > restored.step
         if advanced and data.validation and _due(state.step, config.evaluate.every_steps, last_step):
             phase.update(phase="evaluate", step=state.step)
-            state = _judge(session, state, _evaluate_and_sample(session, data.validation, phase))
+            with engine.averaged():
+                figures = _evaluate_and_sample(session, data.validation, phase)
+            state = _judge(session, state, figures)
         is_done = state.step >= last_step or _stands_still(config, state)
         ended, is_best = is_done or asked_to_stop, state.best_step == state.step
         if advanced and (ended or is_best or _due(state.step, config.checkpoint.every_steps, last_step)):

@@ -82,10 +82,21 @@ def test_a_document_of_a_later_version_is_refused(run):
             zero(2, offload_optimizer={"device": "cpu", "pin_memry": True}),
             "zero_optimization.offload_optimizer.pin_memry: unknown to DeepSpeed 0.19.8; did you mean 'pin_memory'?",
         ),
-        ({"elasticity": {}}, "elasticity: DeepSpeed 0.19.8 has removed this; leave it out"),
+        ({"eigenvalue": {}}, "eigenvalue: DeepSpeed 0.19.8 has removed this; leave it out"),
+        (
+            {"elasticity": {}},
+            "elasticity: DeepSpeed 0.19.8 has removed this; leave it out: a run goes on with any number of ranks, "
+            "bigbatch train RUN_DIR --ranks N",
+        ),
         (
             zero(3, mics_shard_size=2),
-            "zero_optimization.mics_shard_size: DeepSpeed 0.19.8 has removed this; leave it out",
+            "zero_optimization.mics_shard_size: DeepSpeed 0.19.8 has removed this; leave it out: "
+            "zero_hpz_partition_size keeps each layer's weights within so many ranks",
+        ),
+        (
+            {"optimizer": {"type": "OneBitAdam"}},
+            'optimizer.type: found "OneBitAdam", which DeepSpeed 0.19.8 has removed; '
+            "to send less, set parallel.sync to local_sgd, or zero_quantized_gradients on GPUs",
         ),
         (
             {"train_batch_size": 8},

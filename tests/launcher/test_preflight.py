@@ -156,6 +156,21 @@ def test_the_disk_must_hold_one_checkpoint_and_should_hold_all(monkeypatch, free
     assert finding.message.startswith("51.1 MB a checkpoint, 153 MB at most; ")
 
 
+def test_ranks_that_train_alone_each_have_their_own_in_a_checkpoint():
+    stage0 = ["parallel.zero_stage=null", "parallel.local_sgd.every_steps=100"]
+    findings = findings_of("parallel.sync=local_sgd", "batch.micro_size=4", *stage0)
+    (disk,) = [finding for finding in findings if finding.rule == "disk"]
+    # 4,262,144 parameters x (12 bytes of each of 2 ranks and 8 of the outer optimizer).
+    assert disk.message.startswith("136 MB a checkpoint, ")
+    assert told(findings, "info")[0] == "batch.global_size: 32 samples = 4 a forward pass x 4 accumulated x 2 ranks"
+
+
+def test_what_a_ring_is_on_this_backend_is_told():
+    ring = "parallel.sync: NCCL gets NCCL_ALGO=Ring; on CPUs gloo's all-reduce is a ring by itself"
+    assert ring in told(findings_of("parallel.sync=ring", "parallel.zero_stage=null"), "info")
+    assert ring not in told(findings_of(), "info")
+
+
 def test_what_needs_a_gpu_is_told_where_there_is_none():
     if any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("this machine has an NVIDIA GPU")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bigbatch.launcher.problems import InvalidDocumentError
 from bigbatch.launcher.resolve import compare, resolve
+from bigbatch.recipes.core.engine_config import complete
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.migrations import migrate
 from bigbatch.recipes.core.recipe import recipe_names
@@ -303,6 +304,12 @@ def test_settings_that_contradict_each_other_are_refused(small, overrides, lines
         (["data.tokenizer.path=x"], "data.tokenizer.path", "data.tokenizer.kind=pretrained"),
         (["model.rope_theta=500000.0"], "model.rope_theta", "model.family=llama"),
         (["sample.temperature=0", "sample.top_k=5"], "sample.top_k", "sample.temperature=0.5"),
+        (["parallel.local_sgd.every_steps=7"], "parallel.local_sgd.every_steps", "parallel.sync=local_sgd"),
+        (
+            ["parallel.local_sgd.outer_momentum=0.5", "parallel.local_sgd.every_steps=500", "parallel.sync=ring"],
+            "parallel.local_sgd.outer_momentum",
+            "parallel.local_sgd.outer_momentum=0.9",
+        ),
     ],
 )
 def test_a_setting_without_effect_is_refused_until_it_has_one(small, overrides, path, cure):
@@ -310,6 +317,43 @@ def test_a_setting_without_effect_is_refused_until_it_has_one(small, overrides, 
     assert line.startswith(f"{path}: found ")
     assert "has no effect in this run" in line
     assert resolve(small, [*overrides, cure]).config is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["parallel.sync=sharded", "parallel.zero_stage=0"],
+            "parallel.zero_stage: found 0, and parallel.sync sharded is stage 1, 2 or 3",
+        ),
+        (
+            ["parallel.sync=ring", "parallel.zero_stage=1"],
+            "parallel.zero_stage: found 1, and parallel.sync ring is stage 0",
+        ),
+        (
+            ["parallel.sync=local_sgd", "parallel.local_sgd.every_steps=101", "schedule.total_steps=100"],
+            "parallel.local_sgd.every_steps: found 101; right is schedule.total_steps (100) or less",
+        ),
+        (
+            ["parallel.sync=all_reduce", "deepspeed=zero2"],
+            "zero2.v1.json zero_optimization.stage: found 2, and parallel.sync all_reduce is stage 0",
+        ),
+    ],
+)
+def test_a_strategy_that_contradicts_the_stage_or_never_meets_is_told_in_one_line(small, overrides, line):
+    assert problems_of(small, *overrides) == [line]
+
+
+@pytest.mark.parametrize(
+    ("sync", "stage", "size"),
+    [("all_reduce", 0, 8), ("ring", 0, 8), ("sharded", 1, 8), ("local_sgd", 0, 2), (None, 1, 8)],
+)
+def test_the_strategy_decides_the_stage_where_nothing_else_does(small, sync, stage, size):
+    overrides = [f"parallel.sync={json.dumps(sync)}", "schedule.total_steps=500", "batch.global_size=8"]
+    resolved = resolve(small, overrides)
+    document = complete(resolved.config, resolved.deepspeed, 4)
+    assert document["zero_optimization"]["stage"] == stage
+    assert document["train_batch_size"] == size
 
 
 def test_the_default_of_a_setting_without_effect_may_stand_written(small):

@@ -229,6 +229,7 @@ def gpt_config(model: dict | None = None, **sections: object) -> GptConfig:
     [
         ({"parallel": {"pipeline": 2}}, {}, 3, r"parallel\.pipeline: .*2 does not divide 3 ranks"),
         ({"parallel": {"pipeline": 4}}, {}, 4, r"parallel\.pipeline: 4 does not divide num_layers 2; right is 2"),
+        ({"parallel": {"pipeline": 2, "sync": "local_sgd"}}, {}, 2, r"parallel\.sync: local_sgd does not go with"),
         ({"parallel": {"pipeline": 2, "zero_stage": 0}}, {}, 2, r"parallel\.zero_stage: 0 with pipeline 2; right is 1"),
         ({}, {"zero_optimization": {"stage": 2}}, 2, r"parallel\.zero_stage: 2 with pipeline 2; right is 1"),
         ({"precision": {"dtype": "fp16"}}, {}, 2, r"precision\.dtype: fp16 does not go with parallel\.pipeline 2"),

@@ -125,3 +125,14 @@ def test_a_process_that_was_told_nothing_is_a_mesh_of_one(tmp_path):
         check=True,
     )
     assert ended.stdout.splitlines()[-1] == "0 1 True [2.5, 1000000000000001.0] |größer why"
+
+
+def test_nccl_takes_its_ring_where_the_run_asks_for_it(monkeypatch):
+    monkeypatch.setenv("NCCL_ALGO", "")  # so that it is put back in the end
+    monkeypatch.delenv("NCCL_ALGO")
+    for sync, algorithm in ((None, None), ("all_reduce", None), ("local_sgd", None), ("ring", "Ring")):
+        runtime.choose_algorithm(sync)
+        assert os.environ.get("NCCL_ALGO") == algorithm
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    runtime.choose_algorithm("ring")
+    assert os.environ["NCCL_ALGO"] == "Ring"
