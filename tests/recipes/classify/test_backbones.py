@@ -129,7 +129,6 @@ def test_the_vector_of_a_pair_is_added_at_its_second_token():
     torch.testing.assert_close(embed(tokens, documents)[0], expected)
 
 
-
 @pytest.mark.parametrize("build", [attention, recurrent])
 def test_bfloat16_trains_on_a_cpu(build):
     model = build(bigram_buckets=3).bfloat16()
