@@ -75,7 +75,7 @@ class Recipe(Protocol):
     """
 
     def prepare(self, config: Any) -> Path:
-        """Turn raw data into the folder that `open_data` reads; go on where an earlier call stopped."""
+        """Turn raw data into the folder that `open_data` reads; what is whole already is not made again."""
         ...
 
     def open_data(self, config: Any) -> DataSplits:

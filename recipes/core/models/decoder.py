@@ -4,6 +4,8 @@ Every parameter is used only inside the forward pass of the module that owns it,
 tied embedding belongs to two modules.
 
 Shapes: B rows, T tokens, D hidden size, H heads, K heads of keys and values, E size of a head, V vocabulary, S keys.
+
+Longer than other files: two families, and how transformers names their weights.
 """
 
 from pathlib import Path
