@@ -85,7 +85,8 @@ class Recipe(Protocol):
     def build_model(self, config: Any, facts: dict[str, Any], initialize: bool = True) -> "torch.nn.Module":
         """Build the module with its first weights, drawn from the default generator.
 
-        Without `initialize` no file is read: the weights are about to be overwritten.
+        Without `initialize` no file is read: the weights are about to be overwritten. Where the configuration's `axes`
+        hold "tensor", the function takes a further argument `tensor` (parallel.Axis), and builds that rank's share.
         """
         ...
 
