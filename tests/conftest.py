@@ -1,11 +1,11 @@
-"""What several test files need: the toy model, and one run of all engine cases shared by the tests that read it."""
+"""What several test files need: the toy model, one run of all engine cases, and a Slurm cluster."""
 
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,15 +24,20 @@ class Outcome(NamedTuple):
     """Each step's StepResult."""
 
 
-@pytest.fixture(scope="session")
-def toy() -> ModuleType:
-    """Load the toy model that the programs train."""
-    specification = importlib.util.spec_from_file_location("toy", PROGRAMS / "toy.py")
+def load_program(name: str) -> ModuleType:
+    """Import one of the programs."""
+    specification = importlib.util.spec_from_file_location(name, PROGRAMS / f"{name}.py")
     assert specification
     assert specification.loader
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def toy() -> ModuleType:
+    """Load the toy model that the programs train."""
+    return load_program("toy")
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +83,28 @@ def engine_cases(run_program: Callable[..., str], tmp_path_factory: pytest.TempP
         return Outcome(folder, results[0]["steps"])
 
     return outcome
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Any]:
+    """Give a Slurm cluster of four nodes (programs/slurm_cluster.py) for the tests of a file; commands find it."""
+    yield from cluster_here(accounting=False)
+
+
+@pytest.fixture(scope="module")
+def slurm_with_accounting() -> Iterator[Any]:
+    """Give the same with slurmdbd, so that sacct answers."""
+    yield from cluster_here(accounting=True)
+
+
+def cluster_here(*, accounting: bool) -> Iterator[Any]:
+    """Start a cluster and make it the one of this process; skip where there can be none."""
+    program = load_program("slurm_cluster")
+    if reason := program.why_none(accounting=accounting):
+        pytest.skip(f"no Slurm cluster: {reason}")
+    with program.start_cluster(accounting=accounting) as cluster, pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - cluster.environment.keys():
+            patch.delenv(name)
+        for name in ("SLURM_CONF", "PATH"):
+            patch.setenv(name, cluster.environment[name])
+        yield cluster
