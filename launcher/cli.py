@@ -187,7 +187,8 @@ def evaluate(run_dir: Path, split: str) -> int:
     if not RunDir(run_dir).exists():
         raise UserError(str(run_dir), "is no run folder: it has no run.json")
     run_dir = enter_home(run_dir)
-    return run_ranks(worker_command(f"evaluate:{split}", run_dir), 1, run_dir, answer="ending")
+    with _passing_folder("evaluate") as own:  # logs and failures in the run's own folder are those of its training
+        return run_ranks(worker_command(f"evaluate:{split}", run_dir, own), 1, own, answer="ending")
 
 
 def bench(
@@ -231,7 +232,9 @@ def bench(
 @contextlib.contextmanager
 def _passing_folder(verb: str) -> Iterator[Path]:
     """Give a run folder for the time of a verb; it stays where a failure has left its digest in it."""
-    folder = Path(tempfile.mkdtemp(prefix=f"bigbatch-{verb}-"))
+    from bigbatch.recipes.core.heartbeat import PASSING_PREFIX
+
+    folder = Path(tempfile.mkdtemp(prefix=f"{PASSING_PREFIX}{verb}-"))
     try:
         yield folder
     finally:

@@ -81,10 +81,13 @@ def count_gpus() -> int:
     return answer.stdout.count("GPU ") if answer.returncode == 0 else 0
 
 
-def worker_command(action: str, run_dir: Path) -> list[str]:
-    """Return the command of one rank; action is prepare, train or evaluate."""
+def worker_command(action: str, run_dir: Path, *log_dir: Path) -> list[str]:
+    """Return the command of one rank; action is prepare, train or evaluate.
+
+    A `log_dir` is where a failure is told, in place of the run folder.
+    """
     # -P: a file called random.py in the user's folder is not to be imported.
-    return [sys.executable, "-P", "-m", "bigbatch.recipes.core.worker", action, str(run_dir)]
+    return [sys.executable, "-P", "-m", "bigbatch.recipes.core.worker", action, *map(str, (run_dir, *log_dir))]
 
 
 class StopSignals:

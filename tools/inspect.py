@@ -3,6 +3,7 @@
 import argparse
 import fcntl
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from bigbatch.recipes.core.checkpoint import (
     CheckpointDamagedError,
     Reader,
     checkpoint_dirs,
-    clear,
+    clear_unread,
     committed,
     newest,
     retired,
@@ -112,8 +113,9 @@ def gc(
             why = "retention" if (folder / MANIFEST).exists() else "interrupted save"
             num_bytes = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
             rows.append({"checkpoint": folder.name, "step": step_of(folder), "bytes": num_bytes, "why": why})
-            if not dry_run:
-                clear(folder)
+            if not dry_run and not clear_unread(folder):
+                print(f"{folder.name} is being read, and stays", file=sys.stderr, flush=True)
+                rows.pop()
     return rows
 
 

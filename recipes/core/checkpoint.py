@@ -5,16 +5,20 @@ manifest names every logical tensor (name, shape) and where its pieces lie: file
 optimizer), first element and length in the flattened tensor; and where a tensor rank had but a share of it, what share:
 [dim, [[begin, end], ...]], the piece being a range of these rows or columns put together. Where data ranks train alone
 (parallel.sync local_sgd), `exp_avg@1` is that of data rank 1, and `exp_avg` reads as the mean of all ranks'. It is
-written last, by rename, after all shards are on disk: a folder without a manifest that verifies does not exist.
+written last, by rename, after all shards are on disk: a folder without a manifest that verifies does not exist. Who
+reads a checkpoint holds a shared lock on its manifest, so that a run that goes on meanwhile does not retire it.
 
 Longer than other files: what is written and how it is read back are one contract.
 """
 
+import fcntl
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +210,7 @@ def _manifest_hash(manifest: dict[str, Any]) -> str:
 def _apply_retention(run_dir: Path, config: RunConfig, newest_step: int, best_step: int) -> None:
     settings = config.checkpoint
     for folder in retired(run_dir, settings.keep, settings.keep_every_steps, newest_step, best_step):
-        clear(folder)
+        clear_unread(folder)  # one that is read now goes after a later save
 
 
 def retired(run_dir: Path, keep: int, keep_every_steps: int | None, newest_step: int, best_step: int = 0) -> list[Path]:
@@ -219,6 +223,19 @@ def retired(run_dir: Path, keep: int, keep_every_steps: int | None, newest_step:
     counted = [folder for folder in whole if step_of(folder) <= newest_step]
     surplus = [folder for folder in counted[keep:] if not keep_every_steps or step_of(folder) % keep_every_steps]
     return debris + [folder for folder in surplus if step_of(folder) != best_step]
+
+
+def clear_unread(folder: Path) -> bool:
+    """Remove a checkpoint unless a process reads it; return whether it is gone."""
+    with ExitStack() as stack:
+        if (folder / MANIFEST).exists():
+            manifest = stack.enter_context((folder / MANIFEST).open("r+b"))  # NFS wants it writable
+            try:
+                fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        clear(folder)
+        return True
 
 
 def clear(folder: Path) -> None:
@@ -270,6 +287,7 @@ def restore(run_dir: Path, engine: Engine, mesh: Mesh, say: Any) -> dict[str, An
         if opened and not problem:
             _check_shapes(opened, engine.module)
             _, problem = _problem(lambda reader=opened: _load_and_verify(reader, engine, mesh))
+            opened.release()  # an error has left a cycle that keeps it
             problem = mesh.first_text(problem)
         if opened and not problem:
             engine.write_back()
@@ -366,10 +384,17 @@ class Reader:
     """A committed checkpoint: its manifest, and its logical tensors a range at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Read and check the manifest; raise CheckpointDamagedError if it is not whole."""
+        """Read and check the manifest; raise CheckpointDamagedError if it is not whole.
+
+        No retention removes the checkpoint while the reader is there.
+        """
         self.folder = folder
         try:
-            self.manifest = json.loads((folder / MANIFEST).read_text())
+            self._manifest_file = (folder / MANIFEST).open("rb")  # held: with it goes the lock
+            fcntl.flock(self._manifest_file, fcntl.LOCK_SH)
+            if not os.fstat(self._manifest_file.fileno()).st_nlink:  # removed while we waited
+                raise FileNotFoundError
+            self.manifest = json.loads(self._manifest_file.read())
         except FileNotFoundError:
             raise CheckpointDamagedError("it has no manifest: the save was interrupted") from None
         except (ValueError, OSError) as error:
@@ -381,6 +406,14 @@ class Reader:
             raise UserError(str(folder), f"has format {self.manifest['format']}; {known}")
         self.tensors: dict[str, Any] = self.manifest["tensors"]
         self._open: dict[str, TensorFile] = {}
+
+    def __del__(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the checkpoint, to which nothing may then be asked."""
+        if hasattr(self, "_manifest_file"):
+            self._manifest_file.close()
 
     def kinds(self) -> set[str]:
         """Name the kinds of tensors there are: `master` and the optimizer's states."""
@@ -509,7 +542,8 @@ def committed(run_dir: Path, say: Any = None) -> list[Path]:
 
 def newest(run_dir: Path) -> Reader:
     """Open the newest committed checkpoint that verifies; name those skipped; raise UserError if there is none."""
-    for folder in committed(run_dir):
+    folders = committed(run_dir)
+    for folder in folders:
         try:
             reader = Reader(folder)
             reader.verify()
@@ -517,6 +551,8 @@ def newest(run_dir: Path) -> Reader:
             print(f"skipped {folder.name}: {error}", file=sys.stderr, flush=True)
             continue
         return reader
+    if committed(run_dir) != folders:  # a run that goes on has saved and retired meanwhile
+        return newest(run_dir)
     raise UserError(str(run_dir), "has no checkpoint that verifies (bigbatch checkpoint verify says more)")
 
 
@@ -530,6 +566,8 @@ def best(run_dir: Path) -> Reader:
         reader = Reader(checkpoint_dir(run_dir, step))
         reader.verify()
     except (CheckpointDamagedError, OSError) as error:
+        if committed(run_dir)[:1] != [last.folder]:
+            return best(run_dir)
         raise UserError(str(checkpoint_dir(run_dir, step)), f"is the best checkpoint, and damaged: {error}") from None
     return reader
 

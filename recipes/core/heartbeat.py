@@ -22,6 +22,7 @@ LAUNCH_VARIABLES = (
     "TORCHELASTIC_RUN_ID",
 )
 USUAL_BYTES = 1024
+PASSING_PREFIX = "bigbatch-"  # of folders that last as long as a command
 GONE = "ended without a word: it was killed, or crashed"
 
 
@@ -116,6 +117,8 @@ def in_step_with(beat: Heartbeat, phase: str | None, step: int | None) -> Heartb
 
 def resume_advice(run_dir: Path) -> str:
     """Say how to go on."""
+    if run_dir.name.startswith(PASSING_PREFIX):
+        return "start the same command again"
     command = f"bigbatch train {shlex.quote(str(run_dir))}"
     return f"start the same command again, or `{command}`: it goes on from the last checkpoint"
 

@@ -15,12 +15,12 @@ from bigbatch.recipes.core.process import StopFlag, Stopped, raise_on_stop
 from bigbatch.recipes.core.watchdog import watched
 
 
-def run_part(part: str, run_dir: Path, stop: StopFlag) -> int:
-    """Take one part in a run; return the exit status. A failure is told in failure.json, not by a traceback."""
+def run_part(part: str, run_dir: Path, stop: StopFlag, log_dir: Path) -> int:
+    """Take one part in a run; return the exit status. A failure is told in `log_dir`/failure.json, no traceback."""
     phase: dict[str, Any] = {"phase": "start", "step": None}
     threading.excepthook = _tell_thread
     try:
-        with runtime.failure_digest(run_dir, phase):
+        with runtime.failure_digest(log_dir, phase):
             part, _, split = part.partition(":")
             run = load_run(run_dir)
             if part == "evaluate":

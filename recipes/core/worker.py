@@ -1,6 +1,6 @@
-"""One process of a run: `python -m bigbatch.recipes.core.worker prepare|train|evaluate[:SPLIT] RUN_DIR`.
+"""One process of a run: `python -m bigbatch.recipes.core.worker prepare|train|evaluate[:SPLIT] RUN_DIR [LOG_DIR]`.
 
-It reads the resolved documents in the run folder and nothing else.
+It reads the resolved documents in the run folder and nothing else, and tells of a failure in LOG_DIR, else there too.
 """
 
 import os
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     stop.install()
     from bigbatch.recipes.core.parts import run_part  # noqa: PLC0415 - takes seconds, in which a signal may come
 
-    return run_part(argv[0], Path(argv[1]), stop)
+    return run_part(argv[0], Path(argv[1]), stop, Path(argv[-1]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ import fcntl
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -313,6 +314,31 @@ def test_gc_never_takes_the_newest_sound_checkpoint_though_newer_ones_are_there(
     assert cli.main(["checkpoint", "gc", str(run_dir), "--keep", "1"]) == 2
     assert "has no checkpoint that verifies" in capsys.readouterr().err
     assert steps_left(run_dir) == [3, 7, 8]
+
+
+def test_gc_leaves_a_checkpoint_that_is_being_read(run_dir, capsys):
+    changed(run_dir, 5)
+    reader = Reader(run_dir / "checkpoints/step_00000003")
+    assert cli.main(["checkpoint", "gc", str(run_dir), "--keep", "1"]) == 0
+    assert "step_00000003 is being read, and stays" in capsys.readouterr().err
+    assert steps_left(run_dir) == [3, 5]
+    reader.verify()
+    del reader
+    printed(capsys, "gc", run_dir, "--keep", "1")
+    assert steps_left(run_dir) == [5]
+
+
+def test_a_reader_that_waited_for_a_removal_finds_no_checkpoint(run_dir):
+    folder = run_dir / "checkpoints/step_00000003"
+    with (folder / "manifest.json").open("r+b") as manifest, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(manifest, fcntl.LOCK_EX)
+        waiting = pool.submit(Reader, folder)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        checkpoint.clear(folder)
+        manifest.close()
+        with pytest.raises(checkpoint.CheckpointDamagedError, match="it has no manifest"):
+            waiting.result()
 
 
 def test_gc_leaves_a_run_in_progress_alone(run_dir, capsys):

@@ -62,8 +62,17 @@ def chain(bigbatch, write_documents, tmp_path_factory):
         "generate_converted": ["generate", "hugging face", *greedy],
         "report": ["report", "runs/my run-1"],
     }
-    ended = {name: bigbatch(folder, *arguments) for name, arguments in typed.items()}
+    ended = {}
+    for name, arguments in typed.items():
+        before = files(folder / "runs")
+        ended[name] = bigbatch(folder, *arguments)
+        assert not name.startswith("evaluate") or files(folder / "runs") == before
     return Chain(folder, ended, validation)
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """Return when each file was written last: an evaluation leaves all to a training that goes on meanwhile."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def rows(chain: Chain, kind: str) -> list[dict[str, Any]]:
