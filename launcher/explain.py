@@ -6,7 +6,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from bigbatch.launcher.problems import Problem, meant, nearest, shown
-from bigbatch.recipes.core.config import RunConfig, Section
+from bigbatch.recipes.core.config import Section
 
 Loc = tuple[int | str, ...]
 
@@ -30,7 +30,7 @@ _RIGHT = {
 }
 
 
-def explain(config_class: type[RunConfig], details: Sequence[Any]) -> list[Problem]:
+def explain(config_class: type[Section], details: Sequence[Any]) -> list[Problem]:
     """Turn pydantic's errors into lines of ours; a value that may be of several kinds is told of as one."""
     # pydantic counts the elements that are right, and tells of the others anyhow.
     real = [d for d in details if d["type"] != "too_short" or len(d["input"]) < d["ctx"]["min_length"]]
@@ -62,7 +62,7 @@ def unknown_path(config_class: type[Section], path: str) -> list[Problem]:
     return []
 
 
-def _explain(config_class: type[RunConfig], detail: Any) -> Problem:
+def _explain(config_class: type[Section], detail: Any) -> Problem:
     loc, kind, context = detail["loc"], detail["type"], detail.get("ctx", {})
     where = _path(config_class, loc)
     if kind == "extra_forbidden":
@@ -77,7 +77,7 @@ def _explain(config_class: type[RunConfig], detail: Any) -> Problem:
     return Problem(where, f"found {shown(detail['input'])}; {right}{_close_literal(detail)}")
 
 
-def _explain_tag(config_class: type[RunConfig], where: str, detail: Any) -> Problem:
+def _explain_tag(config_class: type[Section], where: str, detail: Any) -> Problem:
     """Tell of the key that says which kind an object is of."""
     kinds = [_tag(section) for section in _sections(_at(config_class, detail["loc"]))]
     key, choices = kinds[0][0], [choice for _, choice in kinds]
@@ -93,7 +93,7 @@ def _right(detail: Any) -> str:
     return _RIGHT[detail["type"]].format(**detail.get("ctx", {}))
 
 
-def _right_key(config_class: type[RunConfig], loc: Loc) -> str:
+def _right_key(config_class: type[Section], loc: Loc) -> str:
     """Say what an unknown key probably was; of one that another kind of the same object has, say which."""
     name, section = str(loc[-1]), _at(config_class, loc[:-1])
     others = [kind for kind in _sections(_at(config_class, loc[:-2])) if kind is not section]
@@ -129,7 +129,7 @@ def _close_literal(detail: Any) -> str:
     return f"; did you mean {match!r}?" if match else ""
 
 
-def _description(config_class: type[RunConfig], loc: Loc) -> str:
+def _description(config_class: type[Section], loc: Loc) -> str:
     if isinstance(loc[-1], int):
         return "; the list is too short"
     text = _at(config_class, loc[:-1]).model_fields[loc[-1]].description

@@ -7,6 +7,7 @@ blocks are pydantic models and are read off; everything else is learned by givin
 that writes down each key it is asked for.
 """
 
+import importlib
 import importlib.metadata
 import json
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ def main() -> None:
     """Write every generated file of ds_configs/schema."""
     for name in recipe_names():
         write_json(FOLDER / f"{name}.schema.json", run_document_schema(name))
+    write_json(FOLDER / "profile.schema.json", profile_schema())
     table = deepspeed_table()
     write_json(FOLDER / f"deepspeed_{table['deepspeed']}.json", table)
 
@@ -77,6 +79,14 @@ def run_document_schema(recipe: str) -> dict[str, Any]:
         **schema,
         "title": f"Run document of the recipe {recipe}",
     }
+
+
+def profile_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a cluster's profile."""
+    # By name: this is the one thing of the launcher's that is written down here.
+    profile = importlib.import_module("bigbatch.launcher.profiles").Profile
+    schema = profile.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Profile of a cluster"}
 
 
 def deepspeed_table() -> dict[str, Any]:
