@@ -42,8 +42,6 @@ BENCH_RUNS = {"train": "gpt/bench", "checkpoint": "gpt/124m", "comm": "gpt/bench
 ALONE = (
     "deepspeed=null",
     "parallel.zero_stage=null",
-    "parallel.tensor=1",
-    "parallel.pipeline=1",
     "parallel.sync=local_sgd",
 )
 
@@ -211,7 +209,14 @@ def bench(
     if ranks == 1:
         raise UserError("--ranks", "found 1; communication takes 2 or more")
     ranks = ranks or (max(2, default_ranks()) if what == "comm" else 1)
-    resolved = _resolve(bench_run or BENCH_RUNS[what], [*overrides, *(ALONE if what == "comm" else ())])
+    resolved = _resolve(bench_run or BENCH_RUNS[what], overrides)
+    for axis in ("tensor", "pipeline"):
+        if (degree := getattr(resolved.config.parallel, axis)) > 1:
+            ranks_are = "of data ranks alone" if what == "comm" else "on one rank"
+            message = f"found {degree}; bench {what} measures a model {ranks_are}: --set parallel.{axis}=1 would be right"
+            raise UserError(f"parallel.{axis}", message)
+    if what == "comm":
+        resolved = _resolve(bench_run or BENCH_RUNS[what], [*overrides, *ALONE])
     if what != "checkpoint":
         _refuse_errors(resolved, ranks)
     with _passing_folder("bench") as run_dir:

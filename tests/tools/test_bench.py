@@ -118,6 +118,10 @@ def test_all_trainers_start_from_the_loss_of_one_and_the_same_model(document):
 def test_a_benchmark_of_what_cannot_run_is_refused_before_anything_starts(document, capsys):
     assert cli.main(["bench", "train", str(document), "--set", "model.num_heads=5"]) == 2
     assert "hidden_size 32 is not a multiple of num_heads 5" in capsys.readouterr().err
+    for what in ("train", "checkpoint", "comm"):
+        for axis in ("tensor", "pipeline"):
+            assert cli.main(["bench", what, str(document), "--set", f"parallel.{axis}=2"]) == 2
+            assert f"error: parallel.{axis}: found 2; bench {what} measures a model" in capsys.readouterr().err
     assert cli.main(["bench", "train", str(document), "--rounds", "0"]) == 2
     assert "found '0'; right is a number from 1 on" in capsys.readouterr().err
     assert cli.main(["bench", "sleep"]) == 2
