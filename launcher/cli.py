@@ -212,8 +212,8 @@ def bench(
     resolved = _resolve(bench_run or BENCH_RUNS[what], overrides)
     for axis in ("tensor", "pipeline"):
         if (degree := getattr(resolved.config.parallel, axis)) > 1:
-            ranks_are = "of data ranks alone" if what == "comm" else "on one rank"
-            message = f"found {degree}; bench {what} measures a model {ranks_are}: --set parallel.{axis}=1 would be right"
+            how = "of data ranks alone" if what == "comm" else "on one rank"
+            message = f"found {degree}; bench {what} measures a model {how}: --set parallel.{axis}=1 would be right"
             raise UserError(f"parallel.{axis}", message)
     if what == "comm":
         resolved = _resolve(bench_run or BENCH_RUNS[what], [*overrides, *ALONE])

@@ -8,7 +8,7 @@ V rows of the vocabulary. Sizes are of our own models under DeepSpeed 0.19.8: ch
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from bigbatch.launcher.predict import checkpoint_bytes
+from bigbatch.launcher.predict import OUTER_BYTES, checkpoint_bytes
 from bigbatch.recipes.core.config import OptimizerSection
 from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, padded_vocabulary
 from bigbatch.recipes.core.plan import ParallelPlan
@@ -39,6 +39,10 @@ class Workload(NamedTuple):
     has_mask: bool = False
     """Attention gets a mask of [T, T] a row."""
     on_cpu: bool = False
+    trains_alone: bool = False
+    """Ranks meet now and then alone: parallel.sync local_sgd."""
+    saves_behind: bool = False
+    """checkpoint.asynchronous."""
 
     @property
     def working_bytes(self) -> int:
@@ -50,11 +54,15 @@ class Memory(NamedTuple):
     """Bytes that a rank holds at the moment of its peak."""
 
     phase: str
-    """loss, backward, reduce or step: when that moment is."""
+    """loss, backward, reduce, step or meeting: when that moment is."""
     weights: float
     gradients: float
     masters: float
     optimizer: float
+    outer: float
+    """Of ranks that train alone: the parameters of their last meeting, and the outer step's momentum."""
+    snapshot: float
+    """On a CPU, `snapshot_bytes`, which a GPU has in its host's memory."""
     activations: float
     logits: float
     """Of the loss: a chunk of logits with its statistics, and the gradients made with it."""
@@ -98,6 +106,15 @@ def model_states(parameters: float, zero_stage: int, ranks: int, working_bytes: 
         4 * parameters / shared[2] * has_masters,
         moment_bytes * parameters / shared[2],
     )
+
+
+def snapshot_bytes(work: Workload, plan: ParallelPlan) -> float:
+    """Return the most that a rank copies into kept host memory for checkpoint.asynchronous: its part of the state."""
+    if not work.saves_behind:
+        return 0
+    parameters = max(rank_parameters(work.model, work.vocabulary_size, plan, stage) for stage in (0, plan.pipeline - 1))
+    state, ranks = checkpoint_bytes(1, work.optimizer), plan.zero_ranks
+    return parameters * (state + OUTER_BYTES / ranks if work.trains_alone else state / ranks)
 
 
 def rank_parameters(
@@ -178,6 +195,8 @@ def _peaks(work: Workload, plan: ParallelPlan, zero: dict[str, Any], recompute: 
         moments /= 4
     states = model_states(parameters, zero_stage, ranks, size, moments)
     weights, _, masters, optimizer = _on_device(states, zero)
+    outer = OUTER_BYTES * parameters if work.trains_alone else 0
+    snapshot = snapshot_bytes(work, plan) if work.on_cpu else 0
     framework = CPU_FRAMEWORK_BYTES if work.on_cpu else FRAMEWORK_BYTES
     kept, bucket = _gradients_before(plan, states), _bucket_bytes(plan, zero, size)
     persistent = bucket if zero_stage == 3 or (zero_stage == 1 and plan.accumulation_steps > 1) else 0
@@ -185,15 +204,19 @@ def _peaks(work: Workload, plan: ParallelPlan, zero: dict[str, Any], recompute: 
     activations, layer = _activation_bytes(work, plan, recompute, stage)
     is_last = stage == plan.pipeline - 1
     loss, loss_kept = _loss_bytes(work, plan) if is_last else (0, 0)
-    yield Memory("loss", weights, kept, masters, optimizer, activations, loss, persistent + gathered, framework)
-    yield Memory(
-        "backward", weights, kept, masters, optimizer, activations + layer, loss_kept, bucket + gathered, framework
-    )
+
+    def peak(phase: str, gradients: float, activations: float, logits: float, buffers: float) -> Memory:
+        kept_states = (masters, optimizer, outer, snapshot)
+        return Memory(phase, weights, gradients, *kept_states, activations, logits, buffers, framework)
+
+    yield peak("loss", kept, activations, loss, persistent + gathered)
+    yield peak("backward", kept, activations + layer, loss_kept, bucket + gathered)
     if zero_stage in (1, 2):  # the first gradients are reduced into a buffer of the rank's own ones
-        own = size * parameters / ranks
-        yield Memory("reduce", weights, kept + own, masters, optimizer, activations + layer, 0, bucket, framework)
-    gradients, copies = _step_bytes(plan, zero, states, parameters, size)
-    yield Memory("step", weights, gradients, masters, optimizer, 0, 0, copies, framework)
+        yield peak("reduce", kept + size * parameters / ranks, activations + layer, 0, bucket)
+    gradients, copies = _step_bytes(plan, zero, states, parameters, size, work.trains_alone)
+    yield peak("step", gradients, 0, 0, copies)
+    if work.trains_alone:  # the mean of all ranks' parameters, and the outer gradient
+        yield peak("meeting", 0, 0, 0, OUTER_BYTES * parameters)
 
 
 def _on_device(states: States, zero: dict[str, Any]) -> States:
@@ -260,12 +283,12 @@ def _loss_bytes(work: Workload, plan: ParallelPlan) -> tuple[float, float]:
 
 
 def _step_bytes(
-    plan: ParallelPlan, zero: dict[str, Any], states: States, parameters: int, size: int
+    plan: ParallelPlan, zero: dict[str, Any], states: States, parameters: int, size: int, alone: bool
 ) -> tuple[float, float]:
     """Return gradients and copies of them while the optimizer steps: flattened, and in float32."""
     ranks, in_float = plan.zero_ranks, 0 if size == 4 else 4
     if plan.zero_stage == 0:
-        flat = size * min(parameters, STAGE_0_BUCKET) if ranks > 1 else 0
+        flat = size * min(parameters, STAGE_0_BUCKET) if ranks > 1 and not alone else 0
         return states.gradients, max(in_float * parameters, flat)
     if zero.get("offload_optimizer"):
         return states.gradients, 0

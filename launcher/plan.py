@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from bigbatch.launcher import memory, step_time
 from bigbatch.launcher.cards import GIB, Card, find_card
 from bigbatch.launcher.documents import DEEPSPEED_FOLDER, find_document, read_json
-from bigbatch.launcher.memory import Memory, Workload, predict_memory
+from bigbatch.launcher.memory import Memory, Workload, predict_memory, snapshot_bytes
 from bigbatch.launcher.predict import vocabulary_size
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.launcher.step_time import StepTime, predict_step
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
-from bigbatch.recipes.core.engine_config import zero_stage
+from bigbatch.recipes.core.engine_config import contradicts_sync, zero_stage
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
 from bigbatch.recipes.core.plan import Job, ParallelPlan, legal_plans
@@ -122,6 +122,8 @@ def workload(config: Any, card: Card) -> Workload:
         config.masking.fraction if hasattr(config, "masking") else 1.0,
         data.packing == "isolate",
         card.is_cpu,
+        config.parallel.sync == "local_sgd",
+        config.checkpoint.asynchronous,
     )
 
 
@@ -182,6 +184,7 @@ def to_json(answer: Answer, top: int) -> dict[str, Any]:
             "accumulation_steps": plan.accumulation_steps,
             "recompute_activations": option.recompute,
             **figures(option, answer),
+            "host_snapshot_bytes": snapshot_bytes(answer.work, plan),
             "memory_bytes": {**option.memory._asdict(), "total": option.memory.total},
             "seconds": option.time._asdict(),
             "set": settings(option, answer.resolved),
@@ -228,6 +231,8 @@ def _options(
     for plan in legal_plans(job, cluster.gpus):
         zero = documents[plan.zero_stage]
         offloads = bool(zero.get("offload_optimizer"))
+        if contradicts_sync(config, plan.zero_stage) or (work.trains_alone and plan.pipeline > 1):
+            continue
         if plan.zero_ranks == 1 and plan.zero_stage > 1 and not offloads:
             continue  # there is nobody to share with
         for recompute in (False, True):
@@ -302,6 +307,8 @@ def _print_best(console: Any, answer: Answer) -> None:
     best = answer.fitting[0]
     parts = [f"{name} {size / GIB:.2f}" for name, size in best.memory._asdict().items() if name != "phase" and size]
     console.print(f"the first: GiB at its peak ({best.memory.phase}): {', '.join(parts)}")
+    if (copied := snapshot_bytes(answer.work, best.plan)) and not answer.work.on_cpu:
+        console.print(f"the first: {copied / GIB:.2f} GiB a card in the host's memory, for checkpoint.asynchronous")
     parts = [f"{name} {seconds:.3g}" for name, seconds in best.time._asdict().items() if seconds]
     console.print(f"the first: seconds a step: {', '.join(parts)}")
     console.print("to take it: " + " ".join(f"--set {line}" for line in settings(best, answer.resolved)))

@@ -12,6 +12,9 @@ from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, 
 
 ASSUMED_CHARACTERS = 256  # how many different ones a text has is not known before it is read
 
+OUTER_BYTES = 8
+"""A parameter's, of ranks that train alone (recipes/core/local_sgd.py): that of the last meeting, and momentum."""
+
 _MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "adamw_8bit": 2, "lion": 1, "adagrad": 1}
 
 

@@ -14,7 +14,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from bigbatch.launcher.predict import Start, checkpoint_bytes, count_parameters, look_at_start, vocabulary_size
+from bigbatch.launcher.predict import (
+    OUTER_BYTES,
+    Start,
+    checkpoint_bytes,
+    count_parameters,
+    look_at_start,
+    vocabulary_size,
+)
 from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
@@ -66,7 +73,9 @@ def check(resolved: Resolved, ranks: int, run_dir: Path = RUNS) -> list[Finding]
     # The numbers begin with the size of the vocabulary and of the model to start from.
     known = all(finding.rule not in ("tokenizer", "weights") for finding in findings)
     parameters = _parameters(config) if known else None
-    findings += [*_disk(config, run_dir, parameters, count_data_ranks(config, ranks)), *_numbers(config, parameters)]
+    if parameters:
+        size = _checkpoint_size(config, parameters.count, count_data_ranks(config, ranks))
+        findings += [*_disk(config, run_dir, size), *_host_memory(config, size), *_numbers(config, parameters)]
     order = ("error", "warning", "info")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 
@@ -257,18 +266,28 @@ def _devices(config: RunConfig, deepspeed: dict[str, Any]) -> Iterator[Finding]:
             yield Finding("device", "warning", f"zero_optimization.{name}", "needs a GPU; there is none here")
 
 
-def _disk(config: Any, run_dir: Path, parameters: "_Parameters | None", data_ranks: int) -> Iterator[Finding]:
+def _checkpoint_size(config: Any, parameters: int, data_ranks: int) -> int:
+    """Return the bytes of a checkpoint; with local_sgd it has each rank's own, and once what belongs to all."""
+    size = checkpoint_bytes(parameters, config.optimizer)
+    return size * data_ranks + OUTER_BYTES * parameters if config.parallel.sync == "local_sgd" else size
+
+
+def _host_memory(config: Any, size: int) -> Iterator[Finding]:
+    if not config.checkpoint.asynchronous:
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    message = f"the ranks keep a copy of their state, {_amount(size, 'B')} in all; {_amount(there, 'B')} are here"
+    severity, advice = ("warning", "spread the ranks, or set it to false") if size > there else ("info", "")
+    yield Finding("host-memory", severity, "checkpoint.asynchronous", message, advice)
+
+
+def _disk(config: Any, run_dir: Path, size: int) -> Iterator[Finding]:
     existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield Finding(
             "run-folder", "error", str(run_dir), f"{existing} cannot be written to", "choose another --run-dir"
         )
     keeps = config.checkpoint
-    if parameters is None:
-        return
-    size = checkpoint_bytes(parameters.count, config.optimizer)
-    if config.parallel.sync == "local_sgd":  # each rank's own, and once the outer parameters and their momentum
-        size = size * data_ranks + 8 * parameters.count
     stay = config.schedule.total_steps // keeps.keep_every_steps if keeps.keep_every_steps else 0
     # The next one is whole before the oldest goes.
     needed, free = size * (keeps.keep + 1 + stay), shutil.disk_usage(existing).free
@@ -281,9 +300,7 @@ def _disk(config: Any, run_dir: Path, parameters: "_Parameters | None", data_ran
     yield Finding("disk", severity, str(run_dir), message, advice)
 
 
-def _numbers(config: Any, parameters: "_Parameters | None") -> Iterator[Finding]:
-    if parameters is None:
-        return
+def _numbers(config: Any, parameters: "_Parameters") -> Iterator[Finding]:
     data: Any = config.data
     about = "" if parameters.is_exact else "about "
     yield Finding("numbers", "info", "model", f"{about}{_amount(parameters.count, '')} parameters")

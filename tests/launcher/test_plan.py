@@ -182,6 +182,27 @@ def test_offloading_leaves_no_state_of_the_optimizer_on_the_card():
     assert offloaded.masters == offloaded.optimizer == 0
 
 
+def test_a_save_behind_takes_each_ranks_part_of_the_state_in_host_memory_not_on_a_card(capsys):
+    work, count = work_of(GPT, saves_behind=True), count_parameters(GPT, 50257)
+    for stage, ranks in ((0, 2), (1, 2), (3, 4)):
+        plan_of = ParallelPlan(data=ranks, zero_stage=stage)
+        assert memory.snapshot_bytes(work, plan_of) == 12 * count / ranks
+        assert predict_memory(work, plan_of, {}, recompute=False).snapshot == 0
+    alone = work._replace(trains_alone=True, on_cpu=True)
+    held = predict_memory(alone, ParallelPlan(data=2, zero_stage=0), {}, recompute=False)
+    assert held.snapshot == (12 + 8 / 2) * count
+    assert held.outer == 8 * count
+    assert plan("gpt/124m", [], 2) == 0
+    assert f"{12 * 124475904 / 2 / GIB:.2f} GiB a card in the host's memory" in capsys.readouterr().out
+
+
+def test_ranks_that_train_alone_have_plans_at_stage_0_alone():
+    lines = ["parallel.zero_stage=0", "deepspeed=null", "parallel.sync=local_sgd"]
+    answer = find_plans(resolve("gpt/124m", lines), Cluster(find_card("H100"), 8, 8))
+    assert {(option.plan.zero_stage, option.plan.pipeline) for option in answer.fitting} == {(0, 1)}
+    assert answer.fitting[0].memory.outer > 0
+
+
 def test_a_mask_of_documents_and_few_targets_are_counted():
     work = work_of(ENCODER, sequence_length=512)
     plan, zero = ParallelPlan(micro_size=8), {"reduce_bucket_size": 1}

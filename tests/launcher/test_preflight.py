@@ -43,7 +43,7 @@ def test_a_sound_run_is_ready_and_its_numbers_are_told():
     findings = findings_of("batch.micro_size=4")
     assert told(findings, "error") == []
     assert told(findings, "info")[0] == "batch.global_size: 32 samples = 4 a forward pass x 4 accumulated x 2 ranks"
-    assert told(findings, "info")[2:] == [
+    assert told(findings, "info")[3:] == [
         # 128 x 256 positions + 4096 x 256 tokens + 4 x (12 x 256^2 + 13 x 256) + 2 x 256
         "model: 4.26 M parameters",
         "schedule.total_steps: 4,096 tokens a step, 1.23 M in all",
@@ -163,6 +163,16 @@ def test_ranks_that_train_alone_each_have_their_own_in_a_checkpoint():
     # 4,262,144 parameters x (12 bytes of each of 2 ranks and 8 of the outer optimizer).
     assert disk.message.startswith("136 MB a checkpoint, ")
     assert told(findings, "info")[0] == "batch.global_size: 32 samples = 4 a forward pass x 4 accumulated x 2 ranks"
+
+
+@pytest.mark.parametrize(("pages", "severity"), [(10**6, "info"), (10**4, "warning")])
+def test_the_copy_that_saves_behind_the_steps_take_is_told(monkeypatch, pages, severity):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4000, "SC_PHYS_PAGES": pages}.__getitem__)
+    (finding,) = [finding for finding in check_run("gpt/quick", [], 2) if finding.rule == "host-memory"]
+    assert finding.severity == severity
+    assert finding.message.endswith(f"51.1 MB in all; {'4 GB' if severity == 'info' else '40 MB'} are here")
+    waits = check_run("gpt/quick", ["checkpoint.asynchronous=false"], 2)
+    assert [finding for finding in waits if finding.rule == "host-memory"] == []
 
 
 def test_what_a_ring_is_on_this_backend_is_told():
@@ -304,7 +314,7 @@ def classify(here):
 def test_a_classification_is_told_its_size_and_its_steps(classify):
     findings = classify(data={"labels": ["ham", "spam"]})
     assert told(findings) == []
-    assert told(findings, "info")[2:] == [
+    assert told(findings, "info")[3:] == [
         "model: 296 k parameters",
         "data.train: about 100 rows, 10 steps an epoch, 3 epochs in all",
     ]

@@ -25,6 +25,7 @@ from bigbatch.recipes.core import runtime
 from bigbatch.recipes.core.engine import Engine, partitioned_building
 from bigbatch.recipes.core.engine_config import complete
 from bigbatch.recipes.core.plan import ParallelPlan
+from bigbatch.recipes.core.saver import Saver
 from bigbatch.recipes.gpt import recipe
 from bigbatch.recipes.gpt.config import GptConfig
 
@@ -68,6 +69,8 @@ class Case:
     vocabulary_size: int = 4096
     model: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
+    sync: str | None = None
+    asynchronous: bool = False
 
     def config(self) -> GptConfig:
         """Return the run document."""
@@ -80,7 +83,8 @@ class Case:
                 "global_size": self.micro_size * self.accumulation_steps * self.ranks,
                 "micro_size": self.micro_size,
             },
-            "parallel": {"zero_stage": self.zero_stage},
+            "parallel": {"zero_stage": self.zero_stage, "sync": self.sync, "local_sgd": {"every_steps": 2}},
+            "checkpoint": {"asynchronous": self.asynchronous},
             "precision": {"dtype": self.dtype},
             "optimizer": {"learning_rate": 1e-3},
             "schedule": {"total_steps": STEPS},
@@ -91,7 +95,14 @@ class Case:
         """Predict the same peak, without the framework's part."""
         config = self.config()
         work = Workload(
-            config.model, self.vocabulary_size, self.sequence_length, self.dtype, config.optimizer, on_cpu=True
+            config.model,
+            self.vocabulary_size,
+            self.sequence_length,
+            self.dtype,
+            config.optimizer,
+            on_cpu=True,
+            trains_alone=self.sync == "local_sgd",
+            saves_behind=self.asynchronous,
         )
         plan = ParallelPlan(
             self.ranks,
@@ -117,6 +128,11 @@ def cases() -> dict[str, Case]:
         found[f"large_batch_zero{stage}x2"] = Case(2, stage, micro_size=16, accumulation_steps=1)
         found[f"long_zero{stage}x2"] = Case(2, stage, sequence_length=640, micro_size=2)
     whole = {name: 10**9 for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")}
+    for dtype in ("bf16", "fp32"):
+        found[f"local_sgdx2_{dtype}"] = Case(2, 0, dtype, micro_size=1, sync="local_sgd")
+    for ranks, stage in ((1, 0), (2, 1), (2, 3)):
+        found[f"saved_behind_zero{stage}x{ranks}"] = Case(ranks, stage, asynchronous=True)
+    found["local_sgdx2_saved_behind"] = Case(2, 0, sync="local_sgd", asynchronous=True)
     found["zero3x2_all_live"] = Case(2, 3, zero=whole)
     found["one_micro_batch_zero2x2"] = Case(2, 2, accumulation_steps=1)
     found["large_vocabulary_zero2x2"] = Case(2, 2, vocabulary_size=32768)
@@ -133,13 +149,16 @@ def peak_bytes(case: Case) -> int:
     tokens = np.zeros((case.micro_size, case.sequence_length), np.int64)
     batches = [{"tokens": tokens, "labels": tokens}] * case.accumulation_steps
     targets = case.accumulation_steps * tokens.size * case.ranks
-    with LiveBytes() as live:
+    with LiveBytes() as live, TemporaryDirectory() as folder:
         with partitioned_building(document, mesh):
             model = recipe.build_model(config, facts)
         engine = Engine(model, config, document, mesh)
         live.most = live.held  # what building took does not count
-        for step in range(STEPS):
-            engine.train_step(step, batches, recipe.loss, targets)
+        with Saver(Path(mesh.broadcast_text(folder)), engine, mesh, lambda saved: None) as saver:
+            for step in range(STEPS):
+                engine.train_step(step, batches, recipe.loss, targets)
+                if case.asynchronous:
+                    saver.save({"step": step + 1})
     return live.most
 
 
