@@ -234,6 +234,39 @@ def bench(
         return importlib.import_module("bigbatch.tools.bench").bench_train(run_dir, rounds, steps, as_json)
 
 
+def status(run_dirs: list[Path], as_json: bool) -> int:
+    """Tell how runs are: state, step, loss, speed, last checkpoint, restarts; all under runs/ or those named."""
+    from bigbatch.launcher import jobs
+
+    statuses = jobs.status(run_dirs)
+    if as_json:
+        _print_json([own._asdict() for own in statuses])
+    else:
+        print(jobs.render(statuses))
+    return EXIT_DONE
+
+
+def logs(run_dir: Path, rank: int | None, all_ranks: bool, follow: bool) -> int:
+    """Print what a run's job has written, or one rank of it, or all."""
+    from bigbatch.launcher import jobs
+
+    return jobs.logs(run_dir, rank, all_ranks=all_ranks, follow=follow)
+
+
+def cancel(run_dir: Path, now: bool) -> int:
+    """Have a submitted run save, end, and not start again."""
+    from bigbatch.launcher import jobs
+
+    return jobs.cancel(run_dir, now=now)
+
+
+def resume(run_dir: Path) -> int:
+    """Submit a run again that was submitted before; it goes on from its last checkpoint."""
+    from bigbatch.launcher import jobs
+
+    return jobs.resume(run_dir)
+
+
 @contextlib.contextmanager
 def _passing_folder(verb: str) -> Iterator[Path]:
     """Give a run folder for the time of a verb; it stays where a failure has left its digest in it."""
@@ -263,6 +296,10 @@ VERBS = {
     "plan": Verb(plan, ("run", *PLAN_FLAGS, "--set", "--json")),
     "prepare": Verb(prepare, ("run", "--set")),
     "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--resume")),
+    "status": Verb(status, ("run_dirs", "--json")),
+    "logs": Verb(logs, ("run_dir", "--rank", "--all", "-f/--follow")),
+    "cancel": Verb(cancel, ("run_dir", "--now")),
+    "resume": Verb(resume, ("run_dir",)),
     "evaluate": Verb(evaluate, ("run_dir", "--split")),
     "bench": Verb(bench, ("what", "bench_run", "--ranks", "--set", "--rounds", "--steps", "--json")),
 }
@@ -285,6 +322,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _rank(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {text!r}; right is a number from 0 on")
+    return int(text)
+
+
 def _above_zero(text: str) -> float:
     try:
         number = float(text)
@@ -298,6 +341,11 @@ def _above_zero(text: str) -> float:
 FLAGS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN | RUN_DIR", "help": "name or path of a run document, or a run folder"},
     "run_dir": {"metavar": "RUN_DIR", "type": Path, "help": "folder of a run"},
+    "run_dirs": {"metavar": "RUN_DIR", "nargs": "*", "type": Path, "help": "default: all under runs/"},
+    "--rank": {"type": _rank, "metavar": "N", "help": "what this rank has written (default: the job)"},
+    "--all": {"action": "store_true", "dest": "all_ranks", "help": "what each rank has written, with its name"},
+    "-f/--follow": {"action": "store_true", "help": "go on with what comes, until the run ends"},
+    "--now": {"action": "store_true", "help": "do not wait for the ranks to save"},
     "--ranks": {"type": _positive, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
     "what": {"choices": tuple(BENCH_RUNS), "help": "what to measure"},
     "bench_run": {"metavar": "RUN", "nargs": "?", "help": "default: gpt/bench; for checkpoint gpt/124m"},
@@ -366,7 +414,7 @@ def _parser() -> argparse.ArgumentParser:
         summary = (verb.function.__doc__ or "").splitlines()[0]
         subparser = verbs.add_parser(name, help=summary, description=summary, epilog=EPILOG, allow_abbrev=False)
         for flag in verb.flags:
-            subparser.add_argument(flag, **FLAGS[flag])
+            subparser.add_argument(*flag.split("/"), **FLAGS[flag])
     for name, (_, summary) in TOOLS.items():
         verbs.add_parser(name, help=f"{summary} (bigbatch {name} --help)")
     return parser

@@ -165,9 +165,9 @@ def cancel(job_ids: Sequence[str]) -> None:
     _ask(["scancel", *job_ids])
 
 
-def signal_ranks(job_id: str, name: str) -> None:
-    """Send a signal, as USR1, to what srun has started, and not to the batch script."""
-    _ask(["scancel", f"--signal={name}", job_id])
+def signal_batch(job_id: str, name: str) -> None:
+    """Send a signal, as USR1, to the batch script, and not to what srun has started."""
+    _ask(["scancel", "--batch", f"--signal={name}", job_id])
 
 
 def host_names(nodes: str) -> list[str]:

@@ -1,8 +1,12 @@
 """Slurm's answers as typed results, from a real cluster with accounting."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from bigbatch.launcher import slurm_client
+from bigbatch.launcher.jobs import Status, status
 from bigbatch.launcher.slurm_client import SlurmAwayError, SlurmRefusedError
 
 pytestmark = pytest.mark.slurm
@@ -97,3 +101,39 @@ def test_a_host_without_slurm_is_told_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmAwayError, match="squeue: not found"):
         slurm_client.queued(["1"])
+
+
+def test_a_status_comes_from_accounting_when_the_controller_has_forgotten_the_job(slurm_with_accounting, tmp_path):
+    def submit(name: str, body: str, *options: str) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        (tmp_path / name / "job.sh").write_text(f"#!/bin/sh\n{body}\n")
+        job = slurm_client.submit(tmp_path / name / "job.sh", ["--output=/dev/null", *options])
+        (tmp_path / name / "job.json").write_text(json.dumps({"version": 1, "job_ids": [job]}))
+        return job
+
+    def statuses() -> dict[str, Status]:
+        return {Path(own.run_dir).name: own for own in status([tmp_path])}
+
+    cluster, whole = slurm_with_accounting, ("-N4", "--exclusive", "--requeue")
+    cluster.wait_for(lambda: not cluster.run("squeue", "-h"), "an empty queue")
+    submit("failed", "exit 3")
+    preempted = submit("preempted", "sleep 600", *whole, "--partition=low")
+    cluster.wait_for_state(preempted, "RUNNING")
+    urgent = submit("urgent", "sleep 600", *whole, "--partition=high")
+    cluster.wait_for(lambda: statuses()["preempted"].last_end == "preempted", "the record of the preemption")
+    found = statuses()["preempted"]
+    assert (found.state, found.restarts, found.job_id) == ("requeued", 1, preempted)
+    slurm_client.cancel([preempted, urgent])
+    cluster.wait_for(lambda: not cluster.run("squeue", "-h"), "an empty queue")
+    ended = {"failed": ["FAILED"], "preempted": ["PREEMPTED", "CANCELLED"], "urgent": ["CANCELLED"]}
+    for name, states in ended.items():
+        job = statuses()[name].job_id
+        cluster.wait_for(lambda: [own.state for own in slurm_client.accounted([job])] == states, name)  # noqa: B023
+    cluster.stop_controller()
+    cluster.start_controller("-c")  # without its state
+    assert {(name, own.state, own.reason, own.known_by) for name, own in statuses().items()} == {
+        ("failed", "failed", "exit status 3", "accounting"),
+        ("preempted", "cancelled", None, "accounting"),
+        ("urgent", "cancelled", None, "accounting"),
+    }
