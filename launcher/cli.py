@@ -457,7 +457,7 @@ def _refuse_errors(resolved: "Resolved", ranks: int) -> None:
     problems = []
     for finding in preflight.check(resolved, ranks):
         message = finding.message + (f" -> {finding.advice}" if finding.advice else "")
-        if finding.severity == "error":
+        if finding.severity == "error" or finding.rule == preflight.NEEDS_GPU:
             problems.append(Problem(finding.path, message))
         elif finding.severity == "warning":
             _say(f"warning: {finding.path}: {message}")

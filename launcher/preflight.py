@@ -35,6 +35,7 @@ COUNTED_BYTES = 2**26  # rows of more are not counted: that would be seconds
 HEAD_BYTES = 2**20
 _BATCH_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 RUNS = Path("runs")
+NEEDS_GPU = "gpu"  # the rule of what cannot work on a CPU at all, which the machine that checks may be
 
 
 class Finding(NamedTuple):
@@ -263,7 +264,7 @@ def _devices(config: RunConfig, deepspeed: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("device", "warning", "precision.dtype", message, "take bf16")
     for name in ("zero_quantized_weights", "zero_quantized_gradients"):
         if zero.get(name):
-            yield Finding("device", "warning", f"zero_optimization.{name}", "needs a GPU; there is none here")
+            yield Finding(NEEDS_GPU, "warning", f"zero_optimization.{name}", "needs a GPU; there is none here")
 
 
 def _checkpoint_size(config: Any, parameters: int, data_ranks: int) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 
 from bigbatch.recipes.core.batch import plan_batch
 from bigbatch.recipes.core.config import RunConfig
+from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.fragments import (
     Fragment,
     fragments,
@@ -69,6 +70,7 @@ class Engine:
         self.config, self.mesh, self.module = config, mesh, module
         self.stage = Stage(module, mesh.pipeline, mesh.device) if mesh.pipeline.size > 1 else None
         self._hook_norm, self._own_factor = math.nan, 1.0
+        refuse_quantized_communication(document, mesh.device)
         optimizer = build_optimizer(config.optimizer, module, learning_rate_scales)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may step once while it sets up
@@ -278,8 +280,16 @@ def partitioned_building(document: dict[str, Any], mesh: Mesh) -> AbstractContex
     """
     if document["zero_optimization"]["stage"] < 3:
         return nullcontext()
+    refuse_quantized_communication(document, mesh.device)
     groups = {"data_parallel_group": mesh.data_group, "mpu": _model_parallel_unit(mesh)}
     return import_deepspeed().zero.Init(config_dict_or_path=document, **groups)
+
+
+def refuse_quantized_communication(document: dict[str, Any], device: torch.device) -> None:
+    """Raise UserError where a DeepSpeed document asks for ZeRO++'s quantized communication on a CPU."""
+    for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if device.type == "cpu" and document["zero_optimization"].get(name):
+            raise UserError(f"deepspeed.zero_optimization.{name}", "needs GPUs; on CPUs right would be false")
 
 
 def to_device(batch: dict[str, np.ndarray], device: torch.device) -> Batch:

@@ -52,6 +52,11 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
     stage = zero_stage(config, native)
     if config.parallel.tensor * config.parallel.pipeline > 1:
         _check_plan(config, native, num_ranks, stage)
+    quantizes = native.get("zero_optimization", {}).get("zero_quantized_gradients")
+    if quantizes and "fp16" not in (config.precision.dtype, native.get("communication_data_type")):
+        # DeepSpeed 0.19.8 takes the bits of whatever comes for fp16 (csrc/quantization/pt_binding.cpp, swizzle_quant).
+        message = f"{config.precision.dtype} does not go with zero_quantized_gradients; right would be fp16"
+        raise UserError("precision.dtype", message)
     plan = check_batch(config.batch, count_data_ranks(config, num_ranks))
     return {
         **native,

@@ -102,8 +102,11 @@ class Embedding(nn.Embedding):
 def draw(weight: torch.Tensor, standard_deviation: float, share: Share | None = None) -> None:
     """Draw normal numbers in float32: the same ones whatever dtype and device the weight has under ZeRO-3.
 
-    A share is cut out of the whole logical tensor, so that a model starts the same under every plan.
+    A share is cut out of the whole logical tensor, so that a model starts the same under every plan. What is on the
+    meta device, as it is where a model is only counted, has no numbers.
     """
+    if weight.is_meta:
+        return
     with torch.no_grad():
         whole = torch.normal(0.0, standard_deviation, share.shape if share else weight.shape)
         weight.copy_(share.cut(whole) if share else whole)

@@ -232,6 +232,14 @@ def test_operations_of_a_sample_are_those_that_the_recipe_reports(run, changes):
     assert sum(model_flops(work)) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("run", ["gpt/7b", "bert_pretrain/large"])
+def test_operations_of_a_large_model_are_counted_without_a_number_of_its_weights(run, measure_memory):
+    config = resolve(run).config
+    with measure_memory.LiveBytes() as live:
+        assert find(config.recipe).flops_per_sample(config, {"vocabulary_size": 32000}) > 1e11
+    assert live.most == 0
+
+
 def test_volumes_are_those_of_the_papers():
     work = work_of(GPT, sequence_length=512)
     states = 2 * 512 * 64 * 2  # bytes of the hidden states of a micro-batch of 2

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from bigbatch.launcher import cli
 from bigbatch.launcher.predict import checkpoint_bytes, count_parameters
 from bigbatch.launcher.preflight import check, check_run, has_errors, render, to_json
 from bigbatch.launcher.resolve import resolve
@@ -187,6 +188,19 @@ def test_what_needs_a_gpu_is_told_where_there_is_none():
     assert told(findings_of("precision.dtype=fp16"), "warning") == [
         "precision.dtype: there is no NVIDIA GPU here, and few CPUs can do fp16"
     ]
+
+
+def test_quantized_communication_is_refused_where_it_would_run_without_a_gpu(capsys):
+    asked = ["--set", "parallel.zero_stage=null", "--set", "deepspeed=zero3_quantized", "--set", "precision.dtype=fp16"]
+    assert cli.main(["check", "gpt/quick", "--ranks", "8", *asked]) == 0
+    assert "zero_optimization.zero_quantized_gradients" in capsys.readouterr().out
+    assert cli.main(["train", "gpt/quick", "--ranks", "8", *asked]) == 2
+    problems = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in problems if line.startswith("error")] == [
+        "zero_optimization.zero_quantized_weights",
+        "zero_optimization.zero_quantized_gradients",
+    ]
+    assert all("needs a GPU; there is none here" in line for line in problems if line.startswith("error"))
 
 
 def test_a_folder_for_offloading_that_is_not_there_is_told():
