@@ -245,7 +245,8 @@ def test_a_document_that_is_missing_or_broken_is_told_with_the_run(run, tmp_path
 
 @pytest.mark.parametrize("name", document_names("deepspeed"))
 def test_deepspeeds_own_parser_takes_every_shipped_document(name, deepspeed_config):
-    resolved = resolve("gpt/quick", ["parallel.zero_stage=null", f"deepspeed={name}"])
+    dtype = "fp16" if "quantized" in name else "bf16"
+    resolved = resolve("gpt/quick", ["parallel.zero_stage=null", f"deepspeed={name}", f"precision.dtype={dtype}"])
     document = complete(resolved.config, resolved.deepspeed, 1)
     parsed = deepspeed_config(json.loads(json.dumps(document)))
     assert parsed.train_batch_size == 32

@@ -191,6 +191,8 @@ def test_what_needs_a_gpu_is_told_where_there_is_none():
 
 
 def test_quantized_communication_is_refused_where_it_would_run_without_a_gpu(capsys):
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has an NVIDIA GPU")
     asked = ["--set", "parallel.zero_stage=null", "--set", "deepspeed=zero3_quantized", "--set", "precision.dtype=fp16"]
     assert cli.main(["check", "gpt/quick", "--ranks", "8", *asked]) == 0
     assert "zero_optimization.zero_quantized_gradients" in capsys.readouterr().out
