@@ -175,7 +175,15 @@ def _trains_alone(run: RunConfig) -> bool:
     return run.parallel.sync == "local_sgd"
 
 
+def _has_experts(run: Any) -> bool:
+    return getattr(run.model, "num_experts", 1) > 1
+
+
 _EFFECTS = (
+    _Effect("model.experts_per_token", _has_experts, "model.num_experts above 1"),
+    _Effect("model.expert_interval", _has_experts, "model.num_experts above 1"),
+    _Effect("model.capacity_factor", _has_experts, "model.num_experts above 1"),
+    _Effect("model.auxiliary_loss_coefficient", _has_experts, "model.num_experts above 1"),
     _Effect("parallel.local_sgd.every_steps", _trains_alone, "parallel.sync local_sgd"),
     _Effect("parallel.local_sgd.outer_learning_rate", _trains_alone, "parallel.sync local_sgd"),
     _Effect("parallel.local_sgd.outer_momentum", _trains_alone, "parallel.sync local_sgd"),

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,8 +146,26 @@ def _transformers_model(folder: Path, auto_class: str) -> torch.nn.Module:
     weights = WeightFolder(folder)
     # A tied head has no tensor of its own in the file, and the empty model has forgotten that it is tied.
     tied: dict[str, str] = model.all_tied_weights_keys
-    read_lazily(model, lambda name: weights.read(name if name in weights.files else tied[name]).float())
+
+    def read(name: str) -> torch.Tensor:
+        name = tied.get(name, name) if name not in weights.files else name
+        return (weights.read(name) if name in weights.files else _read_mixture(weights, name)).float()
+
+    read_lazily(model, read)
     return model
+
+
+def _read_mixture(weights: WeightFolder, name: str) -> torch.Tensor:
+    """Put together what transformers 5 has in one tensor and a Mixtral folder, as all programs read it, in many."""
+    layer, _, rest = name.partition(".mlp.")
+    prefix = f"{layer}.block_sparse_moe"
+    if rest == "gate.weight":
+        return weights.read(f"{prefix}.{rest}")
+    parts = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}[rest]
+    experts = takewhile(lambda index: f"{prefix}.experts.{index}.w1.weight" in weights.files, count())
+    return torch.stack(
+        [torch.cat([weights.read(f"{prefix}.experts.{index}.{part}.weight") for part in parts]) for index in experts]
+    )
 
 
 def _write_weights(

@@ -135,7 +135,9 @@ def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
     def taken(fragment: Fragment, kind: str, values: torch.Tensor, is_everywhere: bool) -> Iterator[Part]:
         begin, end = 0, values.numel()
         if is_everywhere:
-            begin, end = (end * rank // mesh.data_ranks for rank in (mesh.data_rank, mesh.data_rank + 1))
+            size = mesh.expert.size if fragment.is_expert else 1
+            count, rank = mesh.data_ranks // size, mesh.data_rank // size
+            begin, end = end * rank // count, end * (rank + 1) // count
         if begin < end:
             start, values = fragment.start + begin, values[begin:end].float()
             yield Part(fragment.name, fragment.shape, kind, start, values, fragment.share)
@@ -168,6 +170,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
     mesh, stage = engine.mesh, engine.deepspeed.zero_optimization_stage()
     state: dict[str, Any] = {"zero_stage": stage, "ranks": mesh.world_size}
     state |= {"tensor_ranks": mesh.tensor.size, "pipeline_ranks": mesh.pipeline.size}
+    state |= {"expert_ranks": mesh.expert.size}
     steps = [float(value["step"]) for value in engine.optimizer.state.values() if "step" in value]
     if engine.local:
         state["local_ranks"] = mesh.data_ranks

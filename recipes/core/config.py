@@ -138,6 +138,9 @@ class ParallelSection(Section):
     """Ranks that share each layer of one model: its heads, inner units and vocabulary are divided over them."""
     pipeline: PositiveInt = 1
     """Stages that consecutive layers are divided into; micro-batches pass through one after another. ZeRO stage 1."""
+    expert: PositiveInt = 1
+    """Data ranks that share out a mixture's experts (https://arxiv.org/abs/2006.16668): tokens travel to the rank that
+    has their expert. Divides the data ranks and `model.num_experts`. ZeRO stages 0 to 2."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """ZeRO stage; by default the DeepSpeed document's, else 0 or 1 as `sync` asks."""
     sync: Literal["all_reduce", "ring", "sharded", "local_sgd"] | None = None

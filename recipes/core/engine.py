@@ -1,10 +1,11 @@
 """One train step over DeepSpeed's engine; all that is peculiar to DeepSpeed ends here."""
 
+import io
 import logging
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from itertools import repeat
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from bigbatch.recipes.core.fragments import (
     segments,
     write_back,
 )
-from bigbatch.recipes.core.layout import share_of
+from bigbatch.recipes.core.layout import logical_parameters, logical_shapes, share_of
 from bigbatch.recipes.core.local_sgd import LocalSgd, spread_failure
 from bigbatch.recipes.core.optim import Lamb, build_optimizer
 from bigbatch.recipes.core.parallel import Axis, Mesh
@@ -82,11 +83,13 @@ class Engine:
         deepspeed.utils.groups.mpu = mpu  # else that of an engine before this one stays
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own, about its use of torch
-            self.deepspeed, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=document, mpu=mpu)
+            # Its mixture of experts prints where a command's results go.
+            with redirect_stdout(io.StringIO()):
+                self.deepspeed, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=document, mpu=mpu)
         self.optimizer = inner_optimizer(self.deepspeed)
         self.optimizer.state.clear()  # what that step left: Adam's bias correction would be one step ahead
         if is_replicated(self.deepspeed):
-            self._divided = {fragment.flat for fragment in self.fragments() if fragment.share}
+            self._divided = {fragment.flat for fragment in self.fragments() if fragment.share or fragment.is_expert}
             self.optimizer.register_step_pre_hook(self._clip_float32_gradients)
         self.local = LocalSgd(config, mesh, self.fragments, self.write_back) if is_local else None
         """What a rank that trains alone has of the others."""
@@ -222,7 +225,9 @@ class Engine:
             self.mesh.sum_in_place(squares)
         if self.mesh.tensor.size > 1:
             if self.mesh.tensor.rank > 0:
-                whole = [share_of(parameter) is None for parameter in self.module.parameters()]
+                here = logical_parameters(self.module)
+                names = sorted(logical_shapes(self.module))
+                whole = [name not in here or share_of(here[name]) is None for name in names]
                 squares[..., torch.tensor(whole, device=squares.device)] = 0
             self.mesh.tensor.sum_in_place(squares)
 
@@ -242,14 +247,15 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.gradient_clipping, norm)
 
     def _total_norm(self, parameters: list[torch.Tensor]) -> torch.Tensor:
-        """Return the 2-norm of the gradients over all tensor ranks."""
-        tensor = self.mesh.tensor
-        own = parameters if tensor.rank == 0 else [p for p in parameters if p in self._divided]
+        """Return the 2-norm of the gradients over all tensor or expert ranks."""
+        # One of the two axes at most has several ranks.
+        axis = self.mesh.expert if self.mesh.expert.size > 1 else self.mesh.tensor
+        own = parameters if axis.rank == 0 else [p for p in parameters if p in self._divided]
         norm = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
-        if tensor.size == 1:
+        if axis.size == 1:
             return norm
         square = norm.to(self.mesh.device).square()
-        tensor.sum_in_place(square)
+        axis.sum_in_place(square)
         return square.sqrt()
 
 

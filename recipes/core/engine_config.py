@@ -50,7 +50,8 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
     Raise UserError where the ranks, the batch or the model do not divide by the plan.
     """
     stage = zero_stage(config, native)
-    if config.parallel.tensor * config.parallel.pipeline > 1:
+    has_experts = getattr(getattr(config, "model", None), "num_experts", 1) > 1
+    if has_experts or config.parallel.tensor * config.parallel.pipeline * config.parallel.expert > 1:
         _check_plan(config, native, num_ranks, stage)
     quantizes = native.get("zero_optimization", {}).get("zero_quantized_gradients")
     if quantizes and "fp16" not in (config.precision.dtype, native.get("communication_data_type")):
@@ -81,9 +82,11 @@ def _check_plan(config: RunConfig, native: dict[str, Any], num_ranks: int, stage
         message = f"{parallel.sync} does not go with parallel.pipeline {parallel.pipeline}, which is at ZeRO stage 1"
         raise UserError("parallel.sync", f"{message}; right would be sharded")
     job = Job(model, 0, 1, config.batch, config.axes)
-    make_plan(job, num_ranks, parallel.tensor, parallel.pipeline, zero_stage=stage)
+    make_plan(job, num_ranks, parallel.tensor, parallel.pipeline, zero_stage=stage, expert=parallel.expert)
     if parallel.pipeline > 1:
         _check_pipeline(config, native)
+    if getattr(model, "num_experts", 1) > 1:
+        _check_experts(config, native)
     size = native.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     if size > 1:  # DeepSpeed lays it over neighbours (utils/groups.py), which hold different weights here
         where = "deepspeed.zero_optimization.zero_hpz_partition_size"
@@ -100,6 +103,15 @@ def _check_pipeline(config: RunConfig, native: dict[str, Any]) -> None:
     for key in ("offload_optimizer", "offload_param"):
         if key in native.get("zero_optimization", {}):
             raise UserError(f"deepspeed.zero_optimization.{key}", f"does not go with {pipeline}; leave it out")
+
+
+def _check_experts(config: RunConfig, native: dict[str, Any]) -> None:
+    """Refuse settings that DeepSpeed's mixture of experts computes wrongly with, or stops at without a word of why."""
+    if config.parallel.sync == "local_sgd":  # DeepSpeed would average the experts of ranks that are to step alone
+        raise UserError("parallel.sync", "local_sgd does not go with model.num_experts above 1; right would be sharded")
+    for key in ("reduce_scatter", "contiguous_gradients"):
+        if native.get("zero_optimization", {}).get(key) is False:
+            raise UserError(f"deepspeed.zero_optimization.{key}", "false does not go with experts; leave it out")
 
 
 def _precision_blocks(precision: PrecisionSection) -> dict[str, Any]:

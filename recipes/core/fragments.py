@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bigbatch.recipes.core import low_bit
-from bigbatch.recipes.core.layout import Share, logical_parameters, logical_shape, share_of
+from bigbatch.recipes.core.layout import Share, logical_parameters, logical_shape, logical_shapes, share_of
 from bigbatch.recipes.core.optim import Segment
 
 
@@ -30,6 +30,8 @@ class Fragment(NamedTuple):
     """Where the piece begins in the flattened `flat`."""
     share: Share | None
     """What this tensor rank has of the logical parameter; None: the whole."""
+    is_expert: bool = False
+    """Only some of the data ranks have it: one of each group of expert ranks."""
 
     def state(self, optimizer: torch.optim.Optimizer, key: str) -> torch.Tensor:
         """Return this piece of an optimizer state tensor, float32 [n]: a view, but a copy of an 8-bit state."""
@@ -77,8 +79,8 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def segments(pieces: list[Fragment], module: nn.Module) -> tuple[dict[torch.Tensor, list[Segment]], int]:
-    """Return where each logical parameter lies in the flat tensors, and the number of logical parameters."""
-    numbers = {name: number for number, (name, _) in enumerate(logical_parameters(module).items())}
+    """Return where each logical parameter lies in the flat tensors, and the number of all logical parameters."""
+    numbers = {name: number for number, name in enumerate(sorted(logical_shapes(module)))}
     found: dict[torch.Tensor, list[Segment]] = {}
     for piece in pieces:
         segment = Segment(piece.offset, piece.master.numel(), numbers[piece.name])
@@ -108,13 +110,17 @@ def write_back(engine: Any) -> None:
                 weight.data.copy_(master.data)
 
 
+def _is_expert(weight: nn.Parameter) -> bool:
+    return hasattr(weight, "group_name")
+
+
 def _whole(
     weights: list[list[nn.Parameter]], masters: list[list[torch.Tensor]], names: dict[nn.Parameter, str]
 ) -> Iterator[Fragment]:
     for weight_group, master_group in zip(weights, masters, strict=True):
         for weight, master in zip(weight_group, master_group, strict=True):
             shape, share = logical_shape(weight), share_of(weight)
-            yield Fragment(names[weight], shape, 0, master.data.view(-1), master, 0, share)
+            yield Fragment(names[weight], shape, 0, master.data.view(-1), master, 0, share, _is_expert(weight))
 
 
 def _mapped(
@@ -129,7 +135,7 @@ def _mapped(
             master = flat.data.view(-1)[address.start : address.start + address.numel]
             start = mapping.lp_fragment_address.start
             shape, share = logical_shape(weight), share_of(weight)
-            yield Fragment(names[weight], shape, start, master, flat, address.start, share)
+            yield Fragment(names[weight], shape, start, master, flat, address.start, share, _is_expert(weight))
 
 
 def _stage3(wrapper: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragment]:

@@ -25,16 +25,20 @@ def build_optimizer(
 ) -> Optimizer:
     """Build the optimizer by name: matrices decay, vectors (biases, norms) do not.
 
-    Parameters of one kind and one factor on the learning rate are one group, whose `scale` is that factor.
+    Parameters of one kind and one factor on the learning rate are one group, whose `scale` is that factor. Experts have
+    groups of their own, marked and named as DeepSpeed wants them.
     """
-    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
     for name, parameter in logical_parameters(module).items():
         if parameter.requires_grad:
             # A ZeRO-3 parameter is empty here; ds_shape remembers what it was.
             is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
             scale = (learning_rate_scales or {}).get(name, 1.0)
             decay = 0.0 if is_vector else section.weight_decay
-            group = groups.setdefault((is_vector, scale), {"params": [], "weight_decay": decay, "scale": scale})
+            expert_ranks = getattr(parameter, "group_name", "")
+            marks = {"moe": True, "name": expert_ranks} if expert_ranks else {}
+            new = {"params": [], "weight_decay": decay, "scale": scale, **marks}
+            group = groups.setdefault((expert_ranks, is_vector, scale), new)
             group["params"].append(parameter)
     return _BUILDERS[section.name](section, [groups[key] for key in sorted(groups)])
 

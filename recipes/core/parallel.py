@@ -25,6 +25,12 @@ class Axis:
         """Take the largest of each element over the axis. Collective: every rank of it must call it."""
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
 
+    def first_in_place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace a tensor by the first rank's, and return it. Collective: every rank of the axis must call it."""
+        if self.size > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self.group, 0), self.group)  # type: ignore[arg-type]
+        return tensor
+
 
 ALONE = Axis()
 
@@ -47,6 +53,8 @@ class Mesh:
     """The stages of one model."""
     pipeline_ends: dist.ProcessGroup | None = None
     """The first and the last stage, for those two."""
+    expert: Axis = ALONE
+    """The neighbouring data ranks that have all experts of a mixture between them."""
 
     @property
     def data_rank(self) -> int:
@@ -120,7 +128,10 @@ class Mesh:
 def build_mesh(rank: int, plan: ParallelPlan, device: torch.device) -> Mesh:
     """Make the groups of a plan. Collective: every rank must call it."""
     if plan.tensor == plan.pipeline == 1:
-        return Mesh(rank, plan.world_size, device)
+        expert = ALONE
+        if plan.expert > 1:
+            expert = Axis(rank % plan.expert, plan.expert, _group_of(rank, plan.expert_groups()))
+        return Mesh(rank, plan.world_size, device, expert=expert)
     place = plan.coordinates(rank)
     data, tensor, pipeline, ends = _group_of(rank, plan.groups("data")), ALONE, ALONE, None
     if plan.tensor > 1:

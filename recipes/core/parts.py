@@ -58,7 +58,8 @@ def run_train(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
     limit_seconds = run.config.watchdog.limit_seconds
     runtime.choose_algorithm(run.config.parallel.sync)
     with watched(run.run_dir, phase, limit_seconds):
-        mesh = runtime.start_mesh(limit_seconds, run.config.parallel.tensor, run.config.parallel.pipeline)
+        degrees = run.config.parallel
+        mesh = runtime.start_mesh(limit_seconds, degrees.tensor, degrees.pipeline, degrees.expert)
         status = train.train(run, mesh, stop, phase)
         runtime.leave_mesh(mesh)
     return status

@@ -3,11 +3,13 @@
 Four axes. data: other samples; its ranks share out the optimizer by ZeRO (https://arxiv.org/abs/1910.02054). tensor:
 parts of each matrix (https://arxiv.org/abs/1909.08053). pipeline: consecutive layers (https://arxiv.org/abs/2104.04473).
 sequence: parts of each row of tokens, in attention parts of the heads (Ulysses, https://arxiv.org/abs/2309.14509).
+The data ranks of a mixture of experts may share out the experts too (https://arxiv.org/abs/2006.16668).
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, NamedTuple
 
 from bigbatch.recipes.core.batch import check_batch
@@ -43,6 +45,8 @@ class ParallelPlan:
     micro_size: int = 1
     """Samples a forward pass."""
     accumulation_steps: int = 1
+    expert: int = 1
+    """Neighbouring data ranks that share out a mixture's experts."""
 
     @property
     def world_size(self) -> int:
@@ -83,12 +87,16 @@ class ParallelPlan:
             groups.setdefault(fixed, []).append(rank)
         return [tuple(group) for group in groups.values()]
 
+    def expert_groups(self) -> list[tuple[int, ...]]:
+        """List the groups of data ranks that have all experts between them; DeepSpeed makes the same ones."""
+        return [tuple(range(first, first + self.expert)) for first in range(0, self.world_size, self.expert)]
+
     def stride(self, axis: Axis) -> int:
         """Return how far apart in rank two neighbours along an axis are."""
         return math.prod(getattr(self, faster) for faster in AXES[AXES.index(axis) + 1 :])
 
     def __str__(self) -> str:
-        names = [f"{axis} {getattr(self, axis)}" for axis in ("data", "tensor", "pipeline", "sequence")]
+        names = [f"{axis} {getattr(self, axis)}" for axis in ("data", "tensor", "pipeline", "sequence", "expert")]
         return " x ".join(name for name in names if not name.endswith(" 1")) + f" at ZeRO stage {self.zero_stage}"
 
 
@@ -113,13 +121,19 @@ class BrokenRule(NamedTuple):
 
 
 def make_plan(
-    job: Job, world_size: int, tensor: int = 1, pipeline: int = 1, sequence: int = 1, zero_stage: int = 1
+    job: Job,
+    world_size: int,
+    tensor: int = 1,
+    pipeline: int = 1,
+    sequence: int = 1,
+    zero_stage: int = 1,
+    expert: int = 1,
 ) -> ParallelPlan:
     """Derive the data degree and the accumulation; raise UserError for an illegal plan, with the nearest legal ones."""
     others = tensor * pipeline * sequence
     data = world_size // others
     micro_size = job.batch.micro_size or max(1, job.batch.global_size // max(1, data))
-    plan = ParallelPlan(data, tensor, pipeline, sequence, zero_stage, micro_size)
+    plan = ParallelPlan(data, tensor, pipeline, sequence, zero_stage, micro_size, expert=expert)
     broken = next(broken_rules(plan, job, world_size), None)
     if broken is None:
         batch = check_batch(job.batch, data)
@@ -144,6 +158,7 @@ def broken_rules(plan: ParallelPlan, job: Job, world_size: int) -> Iterator[Brok
         if getattr(plan, axis) > 1 and (job.model is None or axis not in job.axes):
             message = f"{getattr(plan, axis)}, but this recipe's model is not divided along this axis; right is 1"
             yield BrokenRule(f"parallel.{axis}", message)
+    yield from _broken_experts(plan, job)
     if job.model is not None:
         yield from _broken_by_model(plan, job, job.model)
     if plan.data >= 1:
@@ -159,8 +174,8 @@ def legal_plans(job: Job, world_size: int) -> Iterator[ParallelPlan]:
         for pipeline in divisors(world_size // tensor):
             for sequence in divisors(world_size // tensor // pipeline):
                 data = world_size // (tensor * pipeline * sequence)
-                for zero_stage in range(4):
-                    plan = ParallelPlan(data, tensor, pipeline, sequence, zero_stage)
+                for zero_stage, expert in product(range(4), divisors(data)):
+                    plan = ParallelPlan(data, tensor, pipeline, sequence, zero_stage, expert=expert)
                     yield from _with_micro_sizes(plan, job, world_size)
 
 
@@ -168,7 +183,7 @@ def nearest_legal(plan: ParallelPlan, job: Job, world_size: int, count: int = 2)
     """Return the legal plans that differ least from one that may be illegal, of each set of degrees the nearest."""
     found: dict[tuple[int, ...], ParallelPlan] = {}
     for legal in sorted(legal_plans(job, world_size), key=lambda legal: distance(plan, legal)):
-        found.setdefault((legal.tensor, legal.pipeline, legal.sequence, legal.zero_stage), legal)
+        found.setdefault((legal.tensor, legal.pipeline, legal.sequence, legal.zero_stage, legal.expert), legal)
         if len(found) == count:
             break
     return list(found.values())
@@ -183,7 +198,7 @@ def distance(one: ParallelPlan, other: ParallelPlan) -> float:
     def doublings(name: str) -> float:
         return abs(math.log2(max(1, getattr(one, name)) / max(1, getattr(other, name))))
 
-    far = sum(doublings(name) for name in ("tensor", "pipeline", "sequence"))
+    far = sum(doublings(name) for name in ("tensor", "pipeline", "sequence", "expert"))
     return far + abs(one.zero_stage - other.zero_stage) + 0.1 * (doublings("micro_size") + doublings("data"))
 
 
@@ -200,6 +215,33 @@ def _broken_product(plan: ParallelPlan, world_size: int) -> Iterator[BrokenRule]
     degrees = f"tensor {plan.tensor} x pipeline {plan.pipeline} x sequence {plan.sequence} = {others}"
     axis = max(("tensor", "pipeline", "sequence"), key=lambda name: getattr(plan, name))
     yield BrokenRule(f"parallel.{axis}", f"{degrees} does not divide {world_size} ranks")
+
+
+def _broken_experts(plan: ParallelPlan, job: Job) -> Iterator[BrokenRule]:
+    """Yield what DeepSpeed 0.19.8's mixture of experts does not go with, and where its degree does not divide."""
+    num_experts = job.model.num_experts if isinstance(job.model, DecoderSection) else 1
+    if num_experts == 1:
+        if plan.expert > 1:
+            yield BrokenRule("parallel.expert", f"{plan.expert}, but the model has no experts; right is 1")
+        return
+    for axis, why in _WITHOUT_EXPERTS.items():
+        if getattr(plan, axis) > 1:
+            message = f"{getattr(plan, axis)} with model.num_experts {num_experts}: {why}; right is 1"
+            yield BrokenRule(f"parallel.{axis}", message)
+    if plan.zero_stage == 3:
+        message = f"3 with model.num_experts {num_experts}, which DeepSpeed's layer has no stage 3 for; right is 2"
+        yield BrokenRule("parallel.zero_stage", message)
+    for name, size in {"model.num_experts": num_experts, "the data ranks": max(1, plan.data)}.items():
+        if size % plan.expert:
+            message = f"{plan.expert} does not divide {name} {size}; {_right(size, plan.expert)}"
+            yield BrokenRule("parallel.expert", message)
+
+
+_WITHOUT_EXPERTS = {
+    "tensor": "DeepSpeed lays its groups of expert ranks over neighbours, which are tensor ranks here",
+    "pipeline": "the load-balancing loss does not pass from stage to stage",
+    "sequence": "the ranks of a row would count its tokens several times when they balance the load",
+}
 
 
 def _broken_by_model(plan: ParallelPlan, job: Job, model: DecoderSection | EncoderSection) -> Iterator[BrokenRule]:
@@ -243,5 +285,6 @@ def _with_micro_sizes(plan: ParallelPlan, job: Job, world_size: int) -> Iterator
 
 
 def _settings(plan: ParallelPlan) -> str:
-    names = [f"{axis} {getattr(plan, axis)}" for axis in ("tensor", "pipeline", "sequence", "zero_stage")]
+    axes = ["tensor", "pipeline", "sequence", *["expert"] * (plan.expert > 1), "zero_stage"]
+    names = [f"{axis} {getattr(plan, axis)}" for axis in axes]
     return f"{', '.join(names)}, micro_size {plan.micro_size}"

@@ -86,7 +86,8 @@ class Recipe(Protocol):
         """Build the module with its first weights, drawn from the default generator.
 
         Without `initialize` no file is read: the weights are about to be overwritten. Where the configuration's `axes`
-        hold "tensor", the function takes a further argument `tensor` (parallel.Axis), and builds that rank's share.
+        hold "tensor" or "expert", the function takes a further argument of that name (parallel.Axis), and builds that
+        rank's share.
         """
         ...
 

@@ -24,7 +24,9 @@ MIN_TIMEOUT_SECONDS = 1800.0
 ECHOES = ("connection closed by peer", "connection reset", "broken pipe", "timed out")
 
 
-def start_mesh(watch_seconds: float | None = None, tensor_ranks: int = 1, pipeline_ranks: int = 1) -> Mesh:
+def start_mesh(
+    watch_seconds: float | None = None, tensor_ranks: int = 1, pipeline_ranks: int = 1, expert_ranks: int = 1
+) -> Mesh:
     """Join the process group that the environment describes; alone when it describes none. Collective.
 
     `watch_seconds` is the watchdog's limit: the library's own, which knows less of the cause, comes well after it.
@@ -44,7 +46,7 @@ def start_mesh(watch_seconds: float | None = None, tensor_ranks: int = 1, pipeli
     timeout = timedelta(seconds=max(MIN_TIMEOUT_SECONDS, 2 * (watch_seconds or 0.0)))
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timeout)
     data_ranks = int(os.environ["WORLD_SIZE"]) // (tensor_ranks * pipeline_ranks)
-    plan = ParallelPlan(data_ranks, tensor_ranks, pipeline_ranks)
+    plan = ParallelPlan(data_ranks, tensor_ranks, pipeline_ranks, expert=expert_ranks)
     return build_mesh(int(os.environ["RANK"]), plan, device)
 
 

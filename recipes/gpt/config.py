@@ -29,7 +29,7 @@ class SampleSection(Section):
 class GptConfig(RunConfig):
     """Train a decoder to predict the next token."""
 
-    axes: ClassVar[tuple[str, ...]] = ("tensor", "pipeline")
+    axes: ClassVar[tuple[str, ...]] = ("tensor", "pipeline", "expert")
     recipe: Literal["gpt"] = "gpt"
     model: DecoderSection = DecoderSection()
     data: TokenDataSection

@@ -10,6 +10,7 @@ from torch import nn
 
 from bigbatch.recipes.core.contestants import Bigbatch, SampleRows, TransformersTrainer, as_transformers, batch_at
 from bigbatch.recipes.core.engine import to_device
+from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.decoder import hugging_face_config, hugging_face_state
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.recipe import Samples
@@ -21,6 +22,8 @@ from bigbatch.recipes.gpt.config import GptConfig
 def contestants(run: Run, mesh: Mesh) -> list[Any]:
     """Set up all three with the same first weights and the same samples in the same order."""
     config = cast(GptConfig, run.config)
+    if config.model.num_expert_layers:
+        raise UserError("model.num_experts", f"found {config.model.num_experts}; what is compared are dense models: 1")
     data = recipe.open_data(config)
     torch.manual_seed(run.config.seed)
     model = recipe.build_model(config, data.facts)

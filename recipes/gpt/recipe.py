@@ -50,9 +50,11 @@ def open_data(config: GptConfig) -> DataSplits:
     return DataSplits(train, validation, facts)
 
 
-def build_model(config: GptConfig, facts: dict[str, Any], initialize: bool = True, tensor: Axis = ALONE) -> Decoder:
+def build_model(
+    config: GptConfig, facts: dict[str, Any], initialize: bool = True, tensor: Axis = ALONE, expert: Axis = ALONE
+) -> Decoder:
     """Build the decoder: first weights, or those of a Hugging Face folder."""
-    model = Decoder(config.model, facts["vocabulary_size"], tensor)
+    model = Decoder(config.model, facts["vocabulary_size"], tensor, expert)
     if initialize and config.model.initialize_from:
         load_hugging_face(model, Path(config.model.initialize_from))
     return model

@@ -40,6 +40,8 @@ PLANS = {
     "dp2xpp2": ParallelPlan(data=2, pipeline=2),
     "tp2xpp2": ParallelPlan(tensor=2, pipeline=2),
 }
+PLANS |= {f"ep2_zero{stage}": ParallelPlan(data=2, zero_stage=stage, expert=2) for stage in range(3)}
+PLANS |= {"ep2xdp2": ParallelPlan(data=4, expert=2)}
 PLANS |= {f"tp2_zero{stage}": ParallelPlan(tensor=2, zero_stage=stage) for stage in range(4)}
 PLANS |= {f"dp2xtp2_zero{stage}": ParallelPlan(data=2, tensor=2, zero_stage=stage) for stage in range(4)}
 # By default tensors this small stay whole on every rank.
@@ -57,6 +59,8 @@ def set_up(out: Path, case: Case) -> None:
         overrides[1:] = ["parallel.zero_stage=null", f"deepspeed={out / 'zero3.json'}"]
     if plan.pipeline > 1:
         overrides.append(f"parallel.pipeline={plan.pipeline}")
+    if plan.expert > 1:
+        overrides.append(f"parallel.expert={plan.expert}")
     if start is None and not name.endswith("_whole"):
         overrides.append(f"schedule.stop_step={HALF}")
     resolved = resolve(str(out / f"{document}.json"), overrides)

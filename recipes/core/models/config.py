@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bigbatch.recipes.core.config import PositiveFloat, PositiveInt, Section
+from bigbatch.recipes.core.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from bigbatch.recipes.core.errors import UserError
 
 
@@ -20,6 +20,21 @@ class DecoderSection(Section):
     """llama: heads of keys and values (grouped-query attention); by default as many as `num_heads`."""
     feed_forward_size: PositiveInt | None = None
     """By default 4 times the hidden size (gpt2), 8/3 times rounded up to a multiple of 64 (llama)."""
+    num_experts: PositiveInt = 1
+    """Feed-forward layers that a router chooses among for each token (a mixture of experts,
+    https://arxiv.org/abs/2401.04088); 1 is a dense model."""
+    experts_per_token: PositiveInt = 2
+    """The router's choice. 1: the expert's output counts by its probability (Switch, https://arxiv.org/abs/2101.03961);
+    more: by their probabilities, normalized over the chosen (GShard, https://arxiv.org/abs/2006.16668; Mixtral)."""
+    expert_interval: PositiveInt = 1
+    """Every so many layers have experts, the others one feed-forward layer: 2 is GShard's every other one."""
+    capacity_factor: PositiveFloat | None = None
+    """While training, an expert takes so many times its even share of a micro-batch's choices; those beyond are
+    dropped, and the token's other expert counts alone. By default none is dropped: every expert's buffer is as long as
+    the fullest. Evaluation and generation never drop."""
+    auxiliary_loss_coefficient: NonNegativeFloat = 0.01
+    """Of each layer's load-balancing loss, 1 where experts get even shares (https://arxiv.org/abs/2101.03961, 2.2), in
+    the training loss; the validation loss is without it."""
     max_positions: PositiveInt = 1024
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     tie_embeddings: bool = True
@@ -47,6 +62,23 @@ class DecoderSection(Section):
         if self.family == "llama" and self.head_size % 2:
             raise ValueError(f"rotary positions need heads of an even size, not {self.hidden_size} / {self.num_heads}")
         return self
+
+    @model_validator(mode="after")
+    def _experts_are_there(self) -> Self:
+        if 1 < self.num_experts < self.experts_per_token:
+            raise ValueError(f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}")
+        if self.num_experts > 1 and self.expert_interval > self.num_layers:
+            raise ValueError(f"expert_interval {self.expert_interval} is more than num_layers {self.num_layers}")
+        return self
+
+    def has_experts(self, layer: int) -> bool:
+        """Tell whether a layer, 0 the first, has experts."""
+        return self.num_experts > 1 and (layer + 1) % self.expert_interval == 0
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers that have experts."""
+        return self.num_layers // self.expert_interval if self.num_experts > 1 else 0
 
     @property
     def head_size(self) -> int:

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, D hidden size, H heads, K heads of keys and values, E 
 Longer than other files: two families, and how transformers names their weights.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bigbatch.recipes.core.data.shards import IGNORED_LABEL
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layers import (
     ColumnLinear,
@@ -33,6 +35,7 @@ from bigbatch.recipes.core.layers import (
 from bigbatch.recipes.core.loss import chunked_cross_entropy
 from bigbatch.recipes.core.models.config import DecoderSection, padded_vocabulary
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
+from bigbatch.recipes.core.models.mixture import MixtureFeedForward
 from bigbatch.recipes.core.parallel import ALONE, Axis
 from bigbatch.recipes.core.tensor_parallel import copy_in, gather_out, own_random_numbers
 
@@ -51,16 +54,19 @@ class Decoder(nn.Module):
     Weights are drawn as GPT-2's: normal, those that write into the residual stream smaller by sqrt(2 * num_layers).
     `named_parameters` names a tied embedding once, `embed.tokens.weight`. Over tensor ranks each has its share of the
     heads, of the inner units and of the vocabulary, drawn as a part of the whole; hidden states and logits are
-    replicated, and every tensor rank must call the model with the same tokens.
+    replicated, and every tensor rank must call the model with the same tokens. Over expert ranks each has its part of
+    the experts and its own tokens; only without labels all must call with the same.
     """
 
-    def __init__(self, section: DecoderSection, vocabulary_size: int, tensor: Axis = ALONE) -> None:
+    def __init__(
+        self, section: DecoderSection, vocabulary_size: int, tensor: Axis = ALONE, expert: Axis = ALONE
+    ) -> None:
         """Build it; raise UserError where the vocabulary does not divide over the tensor ranks."""
         super().__init__()
         self.section = section
-        self.vocabulary_size, self.tensor = vocabulary_size, tensor
+        self.vocabulary_size, self.tensor, self.expert = vocabulary_size, tensor, expert
         self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section, tensor.size), tensor)
-        self.blocks = nn.ModuleList(Block(section, index, tensor) for index in range(section.num_layers))
+        self.blocks = nn.ModuleList(Block(section, index, tensor, expert) for index in range(section.num_layers))
         tied = self.embed.tokens if section.tie_embeddings else None
         self.head = LanguageModelHead(section, vocabulary_size, tied, tensor)
 
@@ -75,6 +81,7 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Return the logits [B, T, V], or with labels the loss summed over them (float32 scalar).
 
+        While training a mixture of experts, the loss has its load-balancing loss in it, as much for each label.
         Labels are already shifted: labels[b, t] is the target at t. With `documents` a token sees only the tokens of
         its own number, which stand side by side, and positions start anew with each number; `positions` overrides.
         `last_only` keeps the last token's logits [B, 1, V].
@@ -93,11 +100,20 @@ class Decoder(nn.Module):
                 hidden = block(hidden, context)
         if cache:
             cache.length += tokens.shape[1]
-        return self.head(hidden, labels, last_only)
+        result = self.head(hidden, labels, last_only)
+        if labels is None:
+            return self.expert.first_in_place(result)  # ranks may round differently, and all are to write the same text
+        return result + self._auxiliary_loss(labels) if self.training and self.section.num_expert_layers else result
 
     def layers(self) -> list[nn.Module]:
         """List the modules in order of use, as a pipeline divides them."""
         return [self.embed, *self.blocks, self.head]
+
+    def _auxiliary_loss(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the load-balancing losses of the last forward pass, for each label that counts."""
+        mixtures = [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MixtureFeedForward)]
+        total = torch.stack([mixture.auxiliary_loss for mixture in mixtures]).sum()
+        return self.section.auxiliary_loss_coefficient * (labels != IGNORED_LABEL).sum() * total
 
     def _context(
         self,
@@ -141,13 +157,14 @@ class InputEmbedding(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each normed before and added to the residual stream."""
 
-    def __init__(self, section: DecoderSection, index: int, tensor: Axis) -> None:
+    def __init__(self, section: DecoderSection, index: int, tensor: Axis, expert: Axis) -> None:
         super().__init__()
         self.attention_norm = _norm(section)
         self.attention = Attention(section, index, tensor)
         self.feed_forward_norm = _norm(section)
-        feed_forward = GeluFeedForward if section.family == "gpt2" else GatedFeedForward
-        self.feed_forward = feed_forward(section, tensor)
+        layer = GeluFeedForward if section.family == "gpt2" else GatedFeedForward
+        make = partial(layer, section, tensor)
+        self.feed_forward = MixtureFeedForward(section, make, expert) if section.has_experts(index) else make()
         self.dropout = nn.Dropout(section.dropout)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
@@ -323,7 +340,9 @@ def _residual_deviation(section: DecoderSection) -> float:
 
 
 def hugging_face_config(section: DecoderSection, vocabulary_size: int) -> dict[str, Any]:
-    """Return the config.json under which transformers builds the same model."""
+    """Return the config.json under which transformers builds the same model; raise UserError where it has none."""
+    if section.num_expert_layers:
+        _check_is_mixtral(section)
     common = {
         "vocab_size": vocabulary_size,
         "tie_word_embeddings": section.tie_embeddings,
@@ -346,9 +365,23 @@ def hugging_face_config(section: DecoderSection, vocabulary_size: int) -> dict[s
             "attn_pdrop": section.dropout,
             "resid_pdrop": section.dropout,
         }
+    if section.num_expert_layers:
+        kind = {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": section.num_experts,
+            "num_experts_per_tok": section.experts_per_token,
+            "sliding_window": None,
+        }
+    else:
+        kind = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
     return common | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **kind,
         "hidden_act": "silu",
         "num_hidden_layers": section.num_layers,
         "hidden_size": section.hidden_size,
@@ -360,9 +393,21 @@ def hugging_face_config(section: DecoderSection, vocabulary_size: int) -> dict[s
         "rms_norm_eps": section.norm_epsilon,
         "rope_theta": section.rope_theta,  # read by transformers 4, and by most other programs
         "rope_parameters": {"rope_type": "default", "rope_theta": section.rope_theta},  # read by transformers 5
-        "attention_bias": False,
-        "mlp_bias": False,
     }
+
+
+def _check_is_mixtral(section: DecoderSection) -> None:
+    """Raise UserError for a mixture of experts that is none of transformers' Mixtral, the one that it becomes."""
+    wrong = {
+        "family": section.family != "llama",
+        "expert_interval": section.expert_interval != 1,
+        "experts_per_token": section.experts_per_token == 1,  # which counts by its probability; Mixtral's counts whole
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            needs = "family llama, expert_interval 1 and experts_per_token of 2 or more"
+            message = f"{getattr(section, name)!r} has no like in transformers; a Mixtral has {needs}"
+            raise UserError(f"model.{name}", message)
 
 
 def hugging_face_tensors(section: DecoderSection, vocabulary_size: int) -> dict[str, list[Piece]]:
@@ -393,19 +438,22 @@ def hugging_face_state(model: Decoder) -> dict[str, torch.Tensor]:
 
 def section_from_hugging_face(config: dict[str, Any]) -> DecoderSection:
     """Describe a folder's model by its config.json; raise UserError for what the native families do not have."""
-    family = config.get("model_type")
-    if family not in _FIELDS:
-        raise UserError("config.json", f"model_type is {family!r}; the native families are gpt2 and llama")
-    for key, allowed in _FIXED[family].items():
+    kind = config.get("model_type")
+    if kind not in _FIELDS:
+        raise UserError("config.json", f"model_type is {kind!r}; the native ones are {', '.join(_FIELDS)}")
+    family: Any = "gpt2" if kind == "gpt2" else "llama"
+    for key, allowed in _FIXED[kind].items():
         if config.get(key, allowed[0]) not in allowed:
-            raise UserError("config.json", f"{key} is {config[key]!r}; the native {family} has {allowed[0]!r}")
+            raise UserError("config.json", f"{key} is {config[key]!r}; the native {kind} has {allowed[0]!r}")
     if not isinstance(config.get("vocab_size"), int):
         raise UserError("config.json", f"vocab_size is {config.get('vocab_size')!r}; right is a number of tokens")
-    names = _FIELDS[family]
+    names = _FIELDS[kind]
     values = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
     values.setdefault("tie_embeddings", family == "gpt2")
     if family == "llama":
-        values["rope_theta"] = _rope_theta(config)
+        values["rope_theta"] = _rope_theta(config, 1e6 if kind == "mixtral" else 1e4)
+    if kind == "mixtral":
+        values.setdefault("num_experts", 8)
     try:
         section = DecoderSection(family=family, **values)
     except ValidationError as error:
@@ -413,7 +461,7 @@ def section_from_hugging_face(config: dict[str, Any]) -> DecoderSection:
         key = names.get(str(problem["loc"][0]), "") if problem["loc"] else ""
         raise UserError("config.json", f"{key}: {problem['msg']}".lstrip(": ")) from None
     if config.get("head_dim") not in (None, section.head_size):
-        raise UserError("config.json", f"head_dim is {config['head_dim']}; the native llama has {section.head_size}")
+        raise UserError("config.json", f"head_dim is {config['head_dim']}; the native {kind} has {section.head_size}")
     return section
 
 
@@ -423,6 +471,7 @@ def load_hugging_face(model: Decoder, folder: Path) -> None:
     found, section = section_from_hugging_face(config), model.section
     keys = ["family", "num_layers", "hidden_size", "num_heads", "key_value_heads", "inner_size", "max_positions"]
     keys += ["tie_embeddings", "norm_epsilon"] + ["rope_theta"] * (section.family == "llama")
+    keys += ["num_experts", *["experts_per_token", "expert_interval"] * (section.num_experts > 1)]
     for key in keys:
         ours, theirs = getattr(section, key), getattr(found, key)
         if ours != theirs:
@@ -463,6 +512,7 @@ _FIELDS = {
         "tie_embeddings": "tie_word_embeddings",
     },
 }
+_FIELDS["mixtral"] = _FIELDS["llama"] | {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
 _KEYS = {"key_value_heads": "num_key_value_heads", "inner_size": "feed_forward_size"}  # of the run document
 # What config.json may say where our families have no choice; the first is what a missing key means.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -474,16 +524,17 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "add_cross_attention": (False,),
     },
     "llama": {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+    "mixtral": {"hidden_act": ("silu",), "sliding_window": (None,), "router_jitter_noise": (0, 0.0)},
 }
 
 
-def _rope_theta(config: dict[str, Any]) -> float:
+def _rope_theta(config: dict[str, Any], default: float) -> float:
     """Return the base of plain rotary positions, from either generation of config.json."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UserError("config.json", f"rotary positions of type {kind!r}; the native llama has only plain ones")
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    return float(rope.get("rope_theta") or config.get("rope_theta") or default)
 
 
 def _norm_pieces(section: DecoderSection, ours: str, theirs: str) -> dict[str, list[Piece]]:
@@ -511,12 +562,21 @@ def _llama_layer(section: DecoderSection, index: int) -> dict[str, list[Piece]]:
     table = _norm_pieces(section, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
     table |= _norm_pieces(section, f"{ours}.feed_forward_norm", f"{theirs}.post_attention_layernorm")
     key_rows, inner = section.key_value_heads * section.head_size, section.inner_size
-    for name, parts in (
+    layers: list[tuple[str, tuple[tuple[str, int], ...]]] = [
         ("attention.qkv", (("self_attn.q_proj", size), ("self_attn.k_proj", key_rows), ("self_attn.v_proj", key_rows))),
         ("attention.out", (("self_attn.o_proj", size),)),
-        ("feed_forward.gate_up", (("mlp.gate_proj", inner), ("mlp.up_proj", inner))),
-        ("feed_forward.down", (("mlp.down_proj", size),)),
-    ):
+    ]
+    if section.has_experts(index):
+        mixture = "block_sparse_moe"
+        table[f"{ours}.feed_forward.router"] = [Piece(f"{theirs}.{mixture}.gate.weight", 0, section.num_experts)]
+        for expert in range(section.num_experts):
+            our_expert, their_expert = f"feed_forward.experts.{expert}", f"{mixture}.experts.{expert}"
+            layers.append((f"{our_expert}.gate_up", ((f"{their_expert}.w1", inner), (f"{their_expert}.w3", inner))))
+            layers.append((f"{our_expert}.down", ((f"{their_expert}.w2", size),)))
+    else:
+        layers.append(("feed_forward.gate_up", (("mlp.gate_proj", inner), ("mlp.up_proj", inner))))
+        layers.append(("feed_forward.down", (("mlp.down_proj", size),)))
+    for name, parts in layers:
         pieces, start = [], 0
         for their_name, rows in parts:
             pieces.append(Piece(f"{theirs}.{their_name}.weight", start, start + rows))

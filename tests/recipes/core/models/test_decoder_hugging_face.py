@@ -161,7 +161,7 @@ def test_the_names_and_buffers_of_the_first_gpt2_folders_are_understood(tmp_path
         ("llama", {"hidden_size": "32"}, "hidden_size: Input should be a valid integer"),
         ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'; the native gpt2 has 'gelu_new'"),
         ("gpt2", {"vocab_size": None}, "vocab_size is None; right is a number of tokens"),
-        ("gpt2", {"model_type": "opt"}, "model_type is 'opt'; the native families are gpt2 and llama"),
+        ("gpt2", {"model_type": "opt"}, "model_type is 'opt'; the native ones are gpt2, llama, mixtral"),
     ],
 )
 def test_a_config_that_the_native_families_cannot_follow_is_refused(family, changes, message):
