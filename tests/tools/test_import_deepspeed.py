@@ -280,7 +280,7 @@ def test_a_folder_that_exists_is_never_written_into(checkpoints, tmp_path):
         ({"n_layer": 1}, r"has no 'transformer\.h\.1\..*', one of 12 tensors that only the checkpoint has"),
         ({"vocab_size": 62}, r"has 'transformer\.wte\.weight' of shape \(62, 24\), the checkpoint of \(61, 24\)"),
         ({"tie_word_embeddings": False}, r"has 'lm_head\.weight', .* it shares 'transformer\.wte\.weight'"),
-        ({"model_type": "opt"}, r"model_type is 'opt'; the native families are gpt2 and llama"),
+        ({"model_type": "opt"}, r"model_type is 'opt'; the native ones are gpt2, llama, mixtral"),
     ],
 )
 def test_a_folder_of_another_model_is_refused_by_the_first_difference(checkpoints, like, tmp_path, changes, message):
