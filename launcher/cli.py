@@ -30,7 +30,7 @@ from bigbatch.recipes.core.process import keep_streams_open
 
 if TYPE_CHECKING:
     from bigbatch.launcher.resolve import Resolved
-    from bigbatch.launcher.run_dir import Resume, RunDir
+    from bigbatch.launcher.run_dir import Resume
 
 EPILOG = """RUN is a name that `bigbatch recipes` lists (gpt/quick) or the path of a run document. Progress goes to
 standard error, results to standard output. Exit status: 0 done; 2 a mistake in what was asked, told in one line;
@@ -150,6 +150,7 @@ def prepare(run: str, overrides: list[str]) -> int:
 
 def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str], resume: "Resume") -> int:
     """Train to the end, or go on where a run stopped; data are prepared first."""
+    from bigbatch.launcher.begin import refuse_errors, set_up
     from bigbatch.launcher.local import StopSignals, default_ranks, run_ranks, worker_command
     from bigbatch.launcher.run_dir import RunDir, choose, hold
     from bigbatch.recipes.core.engine_config import complete
@@ -160,11 +161,11 @@ def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str
         run = str(enter_home(Path(run)))
     resolved = _resolve(run, overrides)
     ranks = ranks or default_ranks()
-    _refuse_errors(resolved, ranks)
+    refuse_errors(resolved, ranks)
     deepspeed = complete(resolved.config, resolved.deepspeed, ranks)
     folder = choose(run, run_dir)
     with hold(folder), StopSignals() as signals:
-        _set_up(folder, resolved, deepspeed, resume)
+        set_up(folder, resolved, deepspeed, resume)
         _say(f"run folder {folder.path}, content id {resolved.content_id}, {ranks} rank{'s' if ranks > 1 else ''}")
         command = worker_command("prepare", folder.path)
         status = run_ranks(command, 1, folder.path, signals=signals, answer=ENDING_PREPARE)
@@ -173,6 +174,30 @@ def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str
     if status == EXIT_REQUEUE:
         _say(f"stopped; to go on: bigbatch train {shlex.quote(str(folder.path))} --ranks {ranks}")
     return status
+
+
+def submit(
+    run: str,
+    profile: str,
+    nodes: str | None,
+    time_limit: str | None,
+    run_dir: Path | None,
+    overrides: list[str],
+    chain: int | None,
+    sweep: Path | None,
+    dry_run: bool,
+) -> int:
+    """Check a run, write its job.sbatch, and put it into Slurm's queue; it goes on by itself until it is done."""
+    from bigbatch.launcher.profiles import load_profile
+    from bigbatch.launcher.submit import Wanted, submit_sweep
+    from bigbatch.launcher.submit import submit as submit_one
+
+    if sweep and chain:
+        raise UserError("--chain", "does not go with --sweep; submit the members one by one")
+    wanted = Wanted(nodes, time_limit, run_dir, overrides, chain, dry_run)
+    if sweep:
+        return submit_sweep(run, load_profile(profile), wanted, sweep)
+    return submit_one(run, load_profile(profile), wanted)
 
 
 def evaluate(run_dir: Path, split: str) -> int:
@@ -199,6 +224,7 @@ def bench(
     as_json: bool,
 ) -> int:
     """Measure training against other trainers, saves against DeepSpeed's, or communication, here and in turns."""
+    from bigbatch.launcher.begin import refuse_errors
     from bigbatch.launcher.local import default_ranks, run_ranks, worker_command
     from bigbatch.launcher.run_dir import RunDir, write
     from bigbatch.recipes.core.engine_config import complete
@@ -218,7 +244,7 @@ def bench(
     if what == "comm":
         resolved = _resolve(bench_run or BENCH_RUNS[what], [*overrides, *ALONE])
     if what != "checkpoint":
-        _refuse_errors(resolved, ranks)
+        refuse_errors(resolved, ranks)
     with _passing_folder("bench") as run_dir:
         deepspeed = complete(resolved.config, resolved.deepspeed, ranks)
         write(RunDir(run_dir), resolved.document, deepspeed, resolved.content_id)
@@ -288,6 +314,7 @@ class Verb(NamedTuple):
 
 
 PLAN_FLAGS = ("--gpus", "--card", "--gpu-memory", "--gpus-per-node", "--network", "--price", "--top")
+SUBMIT_FLAGS = ("--nodes", "--time", "--chain", "--sweep", "--dry-run")
 VERBS = {
     "quickstart": Verb(quickstart, ()),
     "recipes": Verb(recipes, ("--json",)),
@@ -300,6 +327,7 @@ VERBS = {
     "logs": Verb(logs, ("run_dir", "--rank", "--all", "-f/--follow")),
     "cancel": Verb(cancel, ("run_dir", "--now")),
     "resume": Verb(resume, ("run_dir",)),
+    "submit": Verb(submit, ("run", "--profile", *SUBMIT_FLAGS, "--run-dir", "--set")),
     "evaluate": Verb(evaluate, ("run_dir", "--split")),
     "bench": Verb(bench, ("what", "bench_run", "--ranks", "--set", "--rounds", "--steps", "--json")),
 }
@@ -358,6 +386,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--network": {"type": _above_zero, "metavar": "GB_A_SECOND", "help": "of a card to other nodes"},
     "--price": {"type": _above_zero, "metavar": "DOLLARS", "help": "of a card for an hour"},
     "--top": {"type": _positive, "metavar": "N", "default": 10, "help": "show the best so many (default 10)"},
+    "--profile": {"metavar": "P", "required": True, "help": "name or path of a cluster's profile"},
+    "--nodes": {"metavar": "N | MIN-MAX", "help": "how many nodes (default: the profile's)"},
+    "--time": {"metavar": "T", "dest": "time_limit", "help": "time limit, as 90 or 12:00:00 (default: the profile's)"},
+    "--chain": {"type": _positive, "metavar": "N", "help": "N jobs in a row, where a job may not requeue itself"},
+    "--sweep": {"type": Path, "metavar": "FILE", "help": "one array of runs, each with other settings"},
+    "--dry-run": {"action": "store_true", "help": "print the batch script and change nothing"},
     "--run-dir": {"type": Path, "metavar": "D", "help": "folder of the run (default: a new one under runs/)"},
     "--set": {
         "action": "append",
@@ -440,50 +474,9 @@ def _resolve(run: str, overrides: list[str]) -> "Resolved":
 
 
 def _document_of(run: str) -> str:
-    """Return the document that a run folder was started with; a name or path as it is."""
-    from bigbatch.launcher.run_dir import RunDir
+    from bigbatch.launcher.begin import document_of
 
-    folder = RunDir(Path(run))
-    if not folder.exists() and folder.path.is_dir() and run:
-        raise UserError(run, "is a folder without a run.json, so no run folder; give a run document or its name")
-    return str(folder.run) if folder.exists() else run
-
-
-def _refuse_errors(resolved: "Resolved", ranks: int) -> None:
-    """Raise UserError with all that preflight knows to be wrong; say what it warns of."""
-    from bigbatch.launcher import preflight
-    from bigbatch.launcher.problems import InvalidDocumentError, Problem
-
-    problems = []
-    for finding in preflight.check(resolved, ranks):
-        message = finding.message + (f" -> {finding.advice}" if finding.advice else "")
-        if finding.severity == "error" or finding.rule == preflight.NEEDS_GPU:
-            problems.append(Problem(finding.path, message))
-        elif finding.severity == "warning":
-            _say(f"warning: {finding.path}: {message}")
-    if problems:
-        raise InvalidDocumentError(problems)
-
-
-def _set_up(folder: "RunDir", resolved: "Resolved", deepspeed: dict[str, Any], resume: "Resume") -> None:
-    """Write the run folder's documents; when its run has begun, say what changes and refuse what cannot."""
-    from bigbatch.launcher.documents import read_json
-    from bigbatch.launcher.problems import InvalidDocumentError, Problem
-    from bigbatch.launcher.resolve import compare
-    from bigbatch.launcher.run_dir import check_resume, write
-
-    check_resume(folder, resume)
-    if folder.has_checkpoint() and folder.exists():
-        problems = []
-        for change in compare(read_json(folder.run), resolved.document):
-            told = f"{json.dumps(change.old)} -> {json.dumps(change.new)}"
-            if change.kind == "impossible":
-                problems.append(Problem(change.path, f"{told}, but the run has begun; right is a new --run-dir"))
-            else:
-                _say(f"changed: {change.path}: {told} ({change.kind.replace('_', ' ')})")
-        if problems:
-            raise InvalidDocumentError(problems)
-    write(folder, resolved.document, deepspeed, resolved.content_id)
+    return document_of(run)
 
 
 def _need_train_extra() -> None:

@@ -1,7 +1,6 @@
 """The user's view of submitted runs: status, logs, cancel, resume; with Slurm's word where it gives one."""
 
 import contextlib
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,9 @@ from typing import Any, NamedTuple
 
 from bigbatch.launcher import slurm_client
 from bigbatch.launcher.run_dir import RunDir, write_json
-from bigbatch.launcher.run_facts import CANCEL_FILE, JOB_FILE, RunFacts, read_facts, runs_under
+from bigbatch.launcher.run_facts import CANCEL_FILE, RunFacts, read_facts, runs_under
 from bigbatch.launcher.slurm_client import AccountedJob, QueuedJob, SlurmAwayError
+from bigbatch.launcher.submit import resubmit
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
 STATUS_SECONDS = 10.0  # each of at most two questions to Slurm
@@ -150,11 +150,7 @@ def resume(run_dir: Path) -> int:
         raise UserError(str(run_dir), f"job {live[0].job_id} is {live[0].state.lower()}; there is nothing to resume")
     if facts.is_done:
         raise UserError(str(run_dir), f"has ended: all {facts.last_step:,} steps are done")
-    job_id = slurm_client.submit(run_dir / "job.sbatch")
-    write_json(run_dir / JOB_FILE, {**facts.job, "job_ids": [*job_ids(facts), job_id]})
-    print(job_id)
-    _say(f"to follow it: bigbatch logs -f {shlex.quote(str(run_dir))}")
-    return EXIT_DONE
+    return resubmit(run_dir)
 
 
 def job_ids(facts: RunFacts) -> list[str]:

@@ -80,11 +80,15 @@ def choose(run: str, run_dir: Path | None) -> RunDir:
         return RunDir(Path(run))
     if run_dir is not None:
         return RunDir(run_dir)
-    name = Path(run).stem if run.endswith(".json") else run.replace("/", "-")
-    return RunDir(_fresh(Path("runs"), name))
+    return RunDir(fresh(Path("runs"), run_name(run)))
 
 
-def _fresh(parent: Path, name: str) -> Path:
+def run_name(run: str) -> str:
+    """Return what the folders of a run document are called, without their numbers."""
+    return Path(run).stem if run.endswith(".json") else run.replace("/", "-")
+
+
+def fresh(parent: Path, name: str) -> Path:
     """Make and return parent/name-1, or the first of the higher numbers that is free."""
     number = 1
     while True:

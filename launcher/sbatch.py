@@ -1,5 +1,6 @@
 """The batch script: a pure function of profile and request. Every value is carried exactly, or refused."""
 
+import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -40,8 +41,9 @@ class JobRequest(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the job's name."""
-        return self.run_dir.name
+        """The job's: of a chain like no other's, as jobs of one name wait for each other."""
+        digest = hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:6]
+        return f"{self.run_dir.name}-{digest}" if self.is_chain else self.run_dir.name
 
 
 def render(profile: Profile, request: JobRequest) -> str:

@@ -193,6 +193,12 @@ def node_groups() -> list[NodeGroup]:
     return [_node_group(line.split("|")) for line in lines]
 
 
+def node_states(nodes: Sequence[str]) -> dict[str, str]:
+    """Return the state of each of these nodes, as idle or down*, with Slurm's marks: a star does not respond."""
+    lines = _ask(["sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "-o", "%N|%T"]).splitlines()
+    return dict(line.strip().split("|") for line in lines)
+
+
 def _ask(command: Sequence[str], seconds: float = ANSWER_SECONDS, environment: Mapping[str, str] | None = None) -> str:
     """Return what a command printed, on either stream."""
     words = {**(environment or os.environ), "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}

@@ -25,6 +25,7 @@ from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, one_line
 from bigbatch.recipes.core.heartbeat import launch_id
 from bigbatch.recipes.core.node_probes import Defect, Needs, Written
+from bigbatch.recipes.core.slurm_ranks import join_step
 
 EXIT_BAD_NODE = 69
 STATUSES = {"fine": EXIT_DONE, "bad_node": EXIT_BAD_NODE, "user_error": EXIT_USER_ERROR, "unclear": EXIT_FAILED}
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=0)
     options = parser.parse_args(arguments)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that is gone is told of here, in a line
+    join_step()
     facts, limits = read_facts(), Limits(options.arrive_seconds, options.check_seconds)
     needs = Needs(*(getattr(options, name) for name in Needs._fields))
     verdict = take_part(options.run_dir, facts, limits, needs)

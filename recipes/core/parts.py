@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -11,7 +12,9 @@ import pydantic
 
 from bigbatch.recipes.core import checkpoint, recipe, runtime, train
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError, one_line
+from bigbatch.recipes.core.heartbeat import this_rank, write_failure
 from bigbatch.recipes.core.process import StopFlag, Stopped, raise_on_stop
+from bigbatch.recipes.core.slurm_ranks import EXPECTED_RANKS
 from bigbatch.recipes.core.watchdog import watched
 
 
@@ -28,6 +31,9 @@ def run_part(part: str, run_dir: Path, stop: StopFlag, log_dir: Path) -> int:
             return {"prepare": run_prepare, "train": run_train}[part](run, stop, phase)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if EXPECTED_RANKS in os.environ:  # nobody here waits for all ranks: the others end when they see it
+            digest = {"rank": this_rank(), "host": socket.gethostname(), **phase, "exception": f"UserError: {error}"}
+            write_failure(run_dir, {**digest, "exit_status": EXIT_USER_ERROR, "what_to_do": "change what was asked"})
         return EXIT_USER_ERROR
     except Stopped:
         return EXIT_REQUEUE

@@ -19,6 +19,7 @@ from bigbatch.recipes.core.errors import UserError, as_user_error
 from bigbatch.recipes.core.heartbeat import GONE, death_digest, find_dead, resume_advice, this_rank, write_failure
 from bigbatch.recipes.core.parallel import Mesh, build_mesh
 from bigbatch.recipes.core.plan import ParallelPlan
+from bigbatch.recipes.core.slurm_ranks import join_step
 
 MIN_TIMEOUT_SECONDS = 1800.0
 ECHOES = ("connection closed by peer", "connection reset", "broken pipe", "timed out")
@@ -31,6 +32,7 @@ def start_mesh(
 
     `watch_seconds` is the watchdog's limit: the library's own, which knows less of the cause, comes well after it.
     """
+    join_step()
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:

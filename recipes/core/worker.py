@@ -7,7 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from bigbatch.recipes.core.errors import EXIT_USER_ERROR, UserError
 from bigbatch.recipes.core.process import StopFlag, die_with_parent, keep_streams_open
+from bigbatch.recipes.core.slurm_ranks import join_step
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +18,11 @@ def main(argv: list[str]) -> int:
     keep_streams_open()
     stop = StopFlag()
     stop.install()
+    try:
+        join_step()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     from bigbatch.recipes.core.parts import run_part  # noqa: PLC0415 - takes seconds, in which a signal may come
 
     return run_part(argv[0], Path(argv[1]), stop, Path(argv[-1]))

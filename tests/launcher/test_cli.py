@@ -11,6 +11,7 @@ import pytest
 
 from bigbatch.launcher import cli, quickstart
 from bigbatch.launcher import resolve as resolve_module
+from bigbatch.launcher.begin import set_up
 from bigbatch.launcher.resolve import resolve
 from bigbatch.launcher.run_dir import RunDir, hold, write
 from bigbatch.recipes.core.engine_config import complete
@@ -193,7 +194,7 @@ def test_a_begun_run_refuses_what_its_checkpoint_cannot_follow(begun, capsys):
 
 def test_a_begun_run_says_what_changes_its_optimization_and_takes_it(begun, capsys):
     resolved = resolve(str(begun.run), ["optimizer.learning_rate=0.5", "report.every_steps=3"])
-    cli._set_up(begun, resolved, {}, "auto")
+    set_up(begun, resolved, {}, "auto")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "changed: optimizer.learning_rate: 0.003 -> 0.5 (changes optimization)",
@@ -206,7 +207,7 @@ def test_a_begun_run_says_what_changes_its_optimization_and_takes_it(begun, caps
 def test_a_run_that_has_saved_nothing_yet_may_change_in_any_way(begun):
     (begun.checkpoints / "step_00000100" / "manifest.json").unlink()
     resolved = resolve(str(begun.run), ["model.num_layers=5"])
-    cli._set_up(begun, resolved, {}, "auto")
+    set_up(begun, resolved, {}, "auto")
     assert json.loads(begun.run.read_text())["model"]["num_layers"] == 5
 
 
@@ -218,7 +219,7 @@ def test_a_damaged_record_of_a_begun_run_is_named_and_a_missing_document_is_writ
     ]
     begun.run.unlink()
     resolved = resolve("gpt/quick")
-    cli._set_up(begun, resolved, {}, "auto")
+    set_up(begun, resolved, {}, "auto")
     assert json.loads(begun.run.read_text()) == resolved.document
 
 
