@@ -293,6 +293,19 @@ def resume(run_dir: Path) -> int:
     return jobs.resume(run_dir)
 
 
+def profile(action: str, profile_name: str | None, partition: str | None, output: Path | None, as_json: bool) -> int:
+    """Write a profile of this cluster (new NAME), list profiles (ls), or print one with all defaults (show NAME)."""
+    from bigbatch.launcher import profile_new
+
+    if action == "ls":
+        return profile_new.list_profiles(as_json=as_json)
+    if profile_name is None:
+        raise UserError(f"bigbatch profile {action}", "takes the name of a profile")
+    if action == "show":
+        return profile_new.show_profile(profile_name)
+    return profile_new.new_profile(profile_name, partition, output)
+
+
 @contextlib.contextmanager
 def _passing_folder(verb: str) -> Iterator[Path]:
     """Give a run folder for the time of a verb; it stays where a failure has left its digest in it."""
@@ -328,6 +341,7 @@ VERBS = {
     "cancel": Verb(cancel, ("run_dir", "--now")),
     "resume": Verb(resume, ("run_dir",)),
     "submit": Verb(submit, ("run", "--profile", *SUBMIT_FLAGS, "--run-dir", "--set")),
+    "profile": Verb(profile, ("action", "profile_name", "--partition", "--output", "--json")),
     "evaluate": Verb(evaluate, ("run_dir", "--split")),
     "bench": Verb(bench, ("what", "bench_run", "--ranks", "--set", "--rounds", "--steps", "--json")),
 }
@@ -374,6 +388,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--all": {"action": "store_true", "dest": "all_ranks", "help": "what each rank has written, with its name"},
     "-f/--follow": {"action": "store_true", "help": "go on with what comes, until the run ends"},
     "--now": {"action": "store_true", "help": "do not wait for the ranks to save"},
+    "action": {"choices": ("new", "ls", "show"), "help": "what to do"},
+    "profile_name": {"metavar": "NAME", "nargs": "?", "help": "new, show: name of the profile (show: or a path)"},
+    "--partition": {"metavar": "P", "help": "new: default: the cluster's own, or the one with the most GPUs"},
+    "--output": {"type": Path, "metavar": "FILE", "help": "new: default: ~/.config/bigbatch/profiles/NAME.v1.json"},
     "--ranks": {"type": _positive, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
     "what": {"choices": tuple(BENCH_RUNS), "help": "what to measure"},
     "bench_run": {"metavar": "RUN", "nargs": "?", "help": "default: gpt/bench; for checkpoint gpt/124m"},

@@ -3,6 +3,7 @@
 Plain text, because the layout of Slurm's JSON output changes between releases.
 """
 
+import getpass
 import os
 import re
 import subprocess
@@ -185,6 +186,15 @@ def show_partitions() -> dict[str, dict[str, str]]:
     """Return what is set for each partition that this user may see."""
     partitions = (_pairs(line) for line in _ask(["scontrol", "--oneliner", "show", "partition"]).splitlines())
     return {pairs["PartitionName"]: pairs for pairs in partitions if "PartitionName" in pairs}
+
+
+def accounts() -> list[str]:
+    """Return the accounts that this user may charge; none where the cluster keeps none."""
+    command = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}"]
+    try:
+        return sorted(set(_ask([*command, "format=Account"]).split()))
+    except SlurmRefusedError:
+        return []
 
 
 def node_groups() -> list[NodeGroup]:

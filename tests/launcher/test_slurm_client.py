@@ -1,5 +1,6 @@
 """Slurm's answers as typed results, from a real cluster with accounting."""
 
+import getpass
 import json
 from pathlib import Path
 
@@ -77,6 +78,13 @@ def test_the_cluster_is_described(slurm_with_accounting):
     assert all(
         (group.is_default, group.cores, group.memory_mb, group.gpus) == (True, 4, 4000, "gpu:2") for group in groups
     )
+
+
+def test_the_accounts_of_a_user_are_those_that_may_be_charged(slurm_with_accounting):
+    before = slurm_client.accounts()
+    slurm_with_accounting.run("sacctmgr", "--immediate", "add", "account", "lab")
+    slurm_with_accounting.run("sacctmgr", "--immediate", "add", "user", getpass.getuser(), "account=lab")
+    assert slurm_client.accounts() == sorted([*before, "lab"])
 
 
 def test_what_slurm_refuses_is_told_in_its_words(slurm_with_accounting, script):
