@@ -35,7 +35,7 @@ def _backbone(model: Any, vocabulary_size: int) -> tuple[int, int]:
     """Return how many parameters a classifier's backbone has, and the size of the features that it gives."""
     if model.backbone == "encoder":
         hidden = model.encoder.hidden_size
-        pooler = hidden * hidden + hidden if model.pooling == "first" else 0
+        pooler = hidden * hidden + hidden if getattr(model, "pooling", None) == "first" else 0
         return _encoder(model.encoder, vocabulary_size) + pooler, hidden
     size = model.embedding_size
     embeddings = (vocabulary_size + model.bigram_buckets) * size

@@ -29,6 +29,7 @@ from bigbatch.recipes.core.data.sources import SourceFile, archive_and_member, i
 from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
 
+DOCUMENTS = ("parquet", "squad", "slots")  # whose rows are not lines
 SPLITS = ("train", "validation", "test")
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly
 COUNTED_BYTES = 2**26  # rows of more are not counted: that would be seconds
@@ -157,9 +158,8 @@ def _source(data: Any, source: Any, where: str) -> Iterator[Finding]:
 
 def _wanted_columns(data: Any, file: SourceFile) -> dict[str, str]:
     """Return each column that is going to be read, and the setting that asks for it."""
-    if hasattr(data, "label_column"):
-        wanted = {name: f"data.text_columns[{number}]" for number, name in enumerate(data.text_columns)}
-        wanted[data.label_column] = "data.label_column"
+    if hasattr(data, "columns"):
+        wanted = data.columns
     else:  # texts without columns are taken whatever the key is
         has_columns = file.format != "txt" and (file.format != "lines" or file.table.pattern)
         wanted = {data.text_key: "data.text_key"} if has_columns else {}
@@ -172,7 +172,7 @@ def _columns(file: SourceFile) -> list[str] | None:
         return list(re.compile(file.table.pattern or "(?P<text>)").groupindex)
     if file.table.columns:
         return list(file.table.columns)
-    if file.format == "parquet":
+    if file.format in DOCUMENTS:
         return None
     try:
         with _opened(file) as stream:
@@ -333,7 +333,8 @@ def _parameters(config: Any) -> _Parameters | None:
         return None
     if hasattr(model, "backbone") and getattr(model, "initialize_from", None):
         return _Parameters(look_at_start(Path(model.initialize_from).expanduser()).parameters, False)
-    labels = len(getattr(data, "labels", ())) or 2 * (getattr(config, "sentence_task", "none") != "none")
+    labels = len(getattr(data, "labels", ())) or getattr(config, "num_outputs", 0)
+    labels = labels or 2 * (getattr(config, "sentence_task", "none") != "none")
     is_exact = data.tokenizer.kind != "character" and (labels > 0 or not hasattr(model, "backbone"))
     return _Parameters(count_parameters(model, vocabulary_size(data.tokenizer), labels), is_exact)
 
@@ -349,7 +350,7 @@ def _training_files(data: Any) -> list[SourceFile]:
 def _corpus_tokens(data: TokenDataSection) -> int | None:
     """Estimate the training tokens by the size of the files; None where that says nothing."""
     files = _training_files(data)
-    if any(file.path.endswith(".gz") or file.format == "parquet" for file in files):
+    if any(file.path.endswith(".gz") or file.format in DOCUMENTS for file in files):
         return None
     size = sum(file.size_bytes * _taken(file) for file in files) * (1 - data.validation_fraction)
     return int(size / (1 if data.tokenizer.kind == "character" else BYTES_PER_TOKEN))
@@ -358,7 +359,7 @@ def _corpus_tokens(data: TokenDataSection) -> int | None:
 def _corpus_rows(data: Any) -> float | None:
     """Count the lines to train on, before any is left out; None where that takes long or says nothing."""
     files = _training_files(data)
-    if sum(file.size_bytes for file in files) > COUNTED_BYTES or any(file.format == "parquet" for file in files):
+    if sum(file.size_bytes for file in files) > COUNTED_BYTES or any(file.format in DOCUMENTS for file in files):
         return None
     rows = sum(_count_rows(file) * _taken(file) for file in files)
     held_out = [0.0 if getattr(data, split) else getattr(data, f"{split}_fraction") for split in SPLITS[1:]]

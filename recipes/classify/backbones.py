@@ -16,7 +16,16 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from bigbatch.recipes.classify.config import AttentionBackboneSection, RecurrentBackboneSection
-from bigbatch.recipes.core.layers import Embedding, Linear, attend, attention_mask, count_positions, draw, rotary_table
+from bigbatch.recipes.core.layers import (
+    Embedding,
+    Linear,
+    attend,
+    attention_mask,
+    count_positions,
+    draw,
+    gather_windows,
+    rotary_table,
+)
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Block, Context
 
@@ -106,15 +115,6 @@ class AttentionPooling(nn.Module):
         key, value = self.key_value(states).unflatten(-1, (2, self.num_heads, self.head_size)).unbind(2)
         query = self.query.expand(len(firsts), 1, -1, -1)
         return attend(query, key, value, attention_mask(is_token.unsqueeze(1), hidden.dtype), False).squeeze(1)
-
-
-def gather_windows(
-    hidden: torch.Tensor, firsts: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give each window of hidden states [R, T, D] a row [W, L, D] of its own, and tell what is a token there [W, L]."""
-    offsets = torch.arange(int(lengths.max()), device=hidden.device)
-    is_token = offsets < lengths.unsqueeze(1)
-    return hidden.flatten(0, 1)[torch.where(is_token, firsts.unsqueeze(1) + offsets, 0)], is_token
 
 
 class RecurrentBackbone(nn.Module):

@@ -63,6 +63,12 @@ class LabeledDataSection(Section):
     prepared_dir: str = "prepared"
     """Prepared data go into a folder of this one, named by their content id."""
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns that are read, each with the setting that asks for it."""
+        texts = {name: f"data.text_columns[{place}]" for place, name in enumerate(self.text_columns)}
+        return {**texts, self.label_column: "data.label_column"}
+
 
 class EncoderBackboneSection(Section):
     """A BERT with a head: fine-tuned, or from first weights."""

@@ -8,13 +8,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
-import xxhash
 
 from bigbatch.recipes.classify.config import LabeledDataSection
 from bigbatch.recipes.core.config import TokenizerSection
@@ -32,22 +30,25 @@ from bigbatch.recipes.core.data.examples import (
 from bigbatch.recipes.core.data.packing import cut_windows, lay_out, truncated
 from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
 from bigbatch.recipes.core.data.sampler import Order, random_words
-from bigbatch.recipes.core.data.sources import SourceFile, list_files, shared_file
-from bigbatch.recipes.core.data.tokenizing import (
-    TextTokenizer,
-    encode_documents,
-    fingerprint,
-    given_tokenizer_file,
-    load_tokenizer,
-    make_tokenizer,
+from bigbatch.recipes.core.data.sources import SourceFile
+from bigbatch.recipes.core.data.splits import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    check_splits,
+    count_leaks,
+    cut_splits,
+    list_split_files,
+    shown_counts,
+    split_tokenizer,
+    tokenizer_hashes,
 )
+from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, load_tokenizer, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
 
-TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 # How texts become rows of tokens is decided when a split is opened, so these change nothing in the prepared folder.
 NOT_CONTENT = {"prepared_dir", "sequence_length", "packing", "on_long_text"}
 ROWS_AT_ONCE = 1024
-RARE = ("",)  # stands for all sets of labels of which a share is less than a row
 DROPOUT = 0  # stream of random numbers
 SHOWN_LABELS = 5
 
@@ -65,8 +66,9 @@ def prepare(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> P
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    request = Request(_settings(data, tokenizer_folder), _list_files(data), _tokenizer_hash(data, tokenizer_folder))
-    root, section = Path(data.prepared_dir), _tokenizer_section(data, tokenizer_folder)
+    settings, hashes = _settings(data, tokenizer_folder), tokenizer_hashes(data, tokenizer_folder)
+    request = Request(settings, list_split_files(data), hashes)
+    root, section = Path(data.prepared_dir), split_tokenizer(data, tokenizer_folder)
     folder = prepare_examples(root, request, lambda stage: _build(stage, data, section, request.files))
     _tell(folder, data)
     return folder
@@ -177,78 +179,9 @@ def collate(
     return lay_out(windows, length if packing else None) | {"examples": examples}
 
 
-def assign_splits(rows: list[LabeledRow], shares: dict[str, float], seed: int, multi_label: bool = False) -> list[str]:
-    """Return the split of each row: shares of each label's rows, rounded, the others train.
-
-    Which ones follows from a hash of the seed and the text; rows of equal texts stay together, and a row of each label
-    stays in train. With several labels a text it is shares of each set of labels, all rare sets counted as one.
-    """
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(_folded(row.text), []).append(number)
-    training = Counter(label for row in rows for label in row.labels)
-    splits = [TRAIN] * len(rows)
-    for texts in _strata(rows, groups, max(shares.values()), multi_label):
-        num_rows = sum(len(groups[text]) for text in texts)
-        texts.sort(key=lambda text: xxhash.xxh3_128_digest(f"{seed} {text}".encode()))
-        for split, share in shares.items():
-            room = round(share * num_rows)
-            for text in texts if room else ():
-                members = groups[text]
-                lost = Counter(label for number in members for label in rows[number].labels)
-                is_free = splits[members[0]] == TRAIN and all(training[label] > n for label, n in lost.items())
-                if is_free and len(members) <= room:
-                    room -= len(members)
-                    training -= lost
-                    for number in members:
-                        splits[number] = split
-    return splits
-
-
-def _strata(rows: list[LabeledRow], groups: dict[str, list[int]], share: float, multi_label: bool) -> list[list[str]]:
-    """Return the texts of each label, or set of labels; a text with several goes with the first by name."""
-    strata: dict[tuple[str, ...], list[str]] = {}
-    for text, members in groups.items():
-        strata.setdefault(min(rows[number].labels for number in members), []).append(text)
-    if multi_label:
-        sizes = {labels: sum(len(groups[text]) for text in texts) for labels, texts in strata.items()}
-        for labels in [labels for labels, size in sizes.items() if round(share * size) == 0]:
-            strata.setdefault(RARE, []).extend(strata.pop(labels))
-    return [strata[labels] for labels in sorted(strata)]
-
-
 def _settings(data: LabeledDataSection, tokenizer_folder: Path | None) -> dict[str, Any]:
     settings = data.model_dump(mode="json", exclude=NOT_CONTENT)
-    return settings | {"tokenizer": _tokenizer_section(data, tokenizer_folder).model_dump(mode="json")}
-
-
-def _tokenizer_section(data: LabeledDataSection, folder: Path | None) -> TokenizerSection:
-    return TokenizerSection(kind="pretrained", path=str(folder)) if folder else data.tokenizer
-
-
-def _tokenizer_hash(data: LabeledDataSection, folder: Path | None) -> tuple[str, ...]:
-    section = _tokenizer_section(data, folder)
-    return (fingerprint(given_tokenizer_file(section)),) if section.kind == "pretrained" else ()
-
-
-def _list_files(data: LabeledDataSection) -> dict[str, list[SourceFile]]:
-    """Find the files of each split; raise UserError where two hold the same rows, or a split is asked for twice."""
-    files = {split: list_files(getattr(data, split), f"data.{split}") for split in SPLITS}
-    for first, second in combinations(SPLITS, 2):
-        if path := shared_file(files[first], files[second]):
-            raise UserError(f"data.{second}", f"holds {path}, which data.{first} holds too")
-    for split, share in _shares(data).items():
-        if share and files[split]:
-            raise UserError(f"data.{split}_fraction", f"is {share}, without effect beside data.{split}; remove one")
-    if (total := sum(_shares(data).values())) >= 1:
-        raise UserError(
-            "data.test_fraction", f"and data.validation_fraction are {total:g}: nothing is left to train on"
-        )
-    return files
-
-
-def _shares(data: LabeledDataSection) -> dict[str, float]:
-    return {TEST: data.test_fraction, VALIDATION: data.validation_fraction}
+    return settings | {"tokenizer": split_tokenizer(data, tokenizer_folder).model_dump(mode="json")}
 
 
 def _build(
@@ -256,15 +189,12 @@ def _build(
 ) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
-    if any(_shares(data).values()):
-        splits = assign_splits(rows[TRAIN], _shares(data), data.split_seed, data.multi_label)
-        cut = list(zip(splits, rows[TRAIN], strict=True))
-        rows = {split: [row for name, row in cut if name == split] or rows[split] for split in SPLITS}
+    rows = cut_splits(data, rows, data.multi_label)
     labels = _label_names(data, rows[TRAIN], counts)
     for split in (VALIDATION, TEST):
         rows[split] = [row for row in rows[split] if _is_known(row, labels, data, counts)]
-    leaks = _leaks(data, rows)
-    _check_splits(data, rows, counts)
+    leaks = count_leaks(data, rows)
+    check_splits(data, rows, counts)
     tokenizer = make_tokenizer(section, (row.text for row in rows[TRAIN]), folder, knows_all=False)
     numbers = {label: number for number, label in enumerate(labels)}
     schema = _schema(data.multi_label)
@@ -281,11 +211,9 @@ def _build(
 
 def _read(data: LabeledDataSection, files: list[SourceFile], counts: Counter[str]) -> Iterator[LabeledRow]:
     """Yield the rows of some files, cleaned, without those that the settings leave out, and count."""
-    columns = {name: f"data.text_columns[{place}]" for place, name in enumerate(data.text_columns)}
-    columns[data.label_column] = "data.label_column"
     cleaning = data.clean.model_copy(update={"min_characters": 0})  # what is empty is told from what is short
     seen: dict[str, tuple[str, ...]] = {}
-    for row in (row for file in files for row in read_rows(file, columns)):
+    for row in (row for file in files for row in read_rows(file, data.columns)):
         counts["read"] += 1
         parts = [as_text(row.values[name], row.origin, name) for name in data.text_columns]
         text = clean(" ".join(filter(None, parts)), cleaning) or ""
@@ -333,7 +261,7 @@ def _label_names(data: LabeledDataSection, rows: list[LabeledRow], counts: Count
     found = {label for row in rows for label in row.labels}
     labels = list(data.labels) or sorted(found)
     if not rows:
-        raise UserError("data.train", f"no row is left to train on ({_shown_counts(counts)})")
+        raise UserError("data.train", f"no row is left to train on ({shown_counts(counts)})")
     for label in labels:
         if labels.count(label) > 1:
             raise UserError("data.labels", f"holds {label!r} twice")
@@ -356,38 +284,6 @@ def _is_known(row: LabeledRow, labels: list[str], data: LabeledDataSection, coun
         raise UserError(row.origin, f"{found}; there are: {_some(labels)}; {hint}")
     counts["unseen_label"] += bool(unseen)
     return not unseen
-
-
-def _leaks(data: LabeledDataSection, rows: dict[str, list[LabeledRow]]) -> dict[str, int]:
-    """Count the rows of each split whose text stands in an earlier one, however it is written, and drop or refuse."""
-    earlier: dict[str, str] = {}
-    counts = {}
-    for split in SPLITS:  # the first one has none
-        found = [(row, _folded(row.text)) for row in rows[split]]
-        leaked = [(row, text) for row, text in found if text in earlier]
-        if leaked and data.on_leak == "fail":
-            row, text = leaked[0]
-            which = f"{len(leaked)} of its texts stand in an earlier split too, such as {row.origin} in {earlier[text]}"
-            raise UserError(f"data.{split}", f"{which}; data.on_leak 'drop' leaves them out")
-        if data.on_leak == "drop":
-            rows[split] = [row for row, text in found if text not in earlier]
-        for row, text in found:
-            earlier.setdefault(text, row.origin)
-        counts[split] = len(leaked)
-    return counts
-
-
-def _folded(text: str) -> str:
-    """Return what equal texts share, however they are spaced and capitalized."""
-    return " ".join(text.casefold().split())
-
-
-def _check_splits(data: LabeledDataSection, rows: dict[str, list[LabeledRow]], counts: Counter[str]) -> None:
-    for split, share in _shares(data).items():
-        if share and not rows[split]:
-            raise UserError(f"data.{split}_fraction", f"is {share}: not a row of {len(rows[TRAIN])} for any label")
-        if getattr(data, split) and not rows[split]:
-            raise UserError(f"data.{split}", f"no row is left ({_shown_counts(counts)})")
 
 
 def _schema(multi_label: bool) -> pyarrow.Schema:
@@ -444,23 +340,19 @@ def _tell(folder: Path, data: LabeledDataSection) -> None:
         lengths = examples.lengths("tokens")
         _refuse_long(examples, lengths, data)
         counts = sorted(zip(facts["class_counts"][split], facts["labels"], strict=True), key=lambda pair: -pair[0])
-        shown_counts = ", ".join(f"{label} {count:,}" for count, label in counts[:SHOWN_LABELS])
+        most = ", ".join(f"{label} {count:,}" for count, label in counts[:SHOWN_LABELS])
         more = f" and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
-        line = f"{split}: {about.num_rows:,} rows: {shown_counts}{more}"
+        line = f"{split}: {about.num_rows:,} rows: {most}{more}"
         if share := float((lengths > data.sequence_length).mean()):
             treated = "read in windows" if data.on_long_text == "window" else "cut there"
             line += f"; {share:.1%} are longer than {data.sequence_length} tokens, {treated}"
         lines.append(line)
     if left_out := {name: count for name, count in facts["counts"].items() if count and name != "read"}:
-        lines.append(f"left out: {_shown_counts(left_out)}")
+        lines.append(f"left out: {shown_counts(left_out)}")
     if leaks := {split: count for split, count in facts["leaks"].items() if count}:
         treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
-        lines.append(f"texts that stand in an earlier split too: {_shown_counts(leaks)}; {treated}")
+        lines.append(f"texts that stand in an earlier split too: {shown_counts(leaks)}; {treated}")
     print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def _shown_counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count)
 
 
 def _some(labels: "list[str] | set[str]") -> str:

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from bigbatch.recipes.classify.backbones import AttentionBackbone, RecurrentBackbone
-from bigbatch.recipes.classify.config import ClassifyConfig, EncoderBackboneSection
-from bigbatch.recipes.classify.start import build_other, check_labels, load_start, read_head
+from bigbatch.recipes.classify.config import ClassifyConfig
+from bigbatch.recipes.classify.heads import build_other, check_labels, read_labels
 from bigbatch.recipes.core.layers import Linear
 from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import Block, Encoder, Pooler
+from bigbatch.recipes.core.models.encoder import Encoder, Pooler
+from bigbatch.recipes.core.start import read_head, start_encoder
 
 HEAD_RANGE = 0.02
 
@@ -132,50 +133,18 @@ def build_classifier(config: ClassifyConfig, facts: dict[str, Any], initialize: 
     shape = EncoderSection.model_validate(facts["encoder"])
     backbone = EncoderBackbone(shape, size, section.pooling)
     model = Classifier(backbone, len(labels), section.head_dropout, objective)
-    if source:
-        _start(model, section, source, shape, size, labels)
-    _freeze(backbone, section)
+    start_encoder(backbone.encoder, backbone.pooler, section, size, initialize)
+    if source and section.keep_head:
+        _load_head(model, source, labels)
     return model
 
 
-def learning_rate_scales(section: EncoderBackboneSection, num_layers: int, names: list[str]) -> dict[str, float]:
-    """Return `layer_decay` to the power of how many layers stand above, for the parameters of a native encoder."""
-    scales = {}
-    for name in names:
-        if name.startswith("backbone.encoder.embed."):
-            scales[name] = section.layer_decay ** (num_layers + 1)
-        elif name.startswith("backbone.encoder.blocks."):
-            scales[name] = section.layer_decay ** (num_layers - int(name.split(".")[3]))
-    return scales
-
-
-def _start(
-    model: Classifier, section: EncoderBackboneSection, path: Path, shape: EncoderSection, size: int, labels: list[str]
-) -> None:
-    """Fill the model from the folder to start from, but for what is to be drawn anew."""
-    backbone: Any = model.backbone
-    fresh = [Block(shape) for _ in range(section.redraw_layers)]
-    load_start(path, backbone.encoder, None if section.redraw_layers else backbone.pooler, size)
-    for index, block in enumerate(reversed(fresh), 1):
-        backbone.encoder.blocks[-index] = block
-    if section.keep_head:
-        _load_head(model, path, labels)
-
-
 def _load_head(model: Classifier, path: Path, labels: list[str]) -> None:
-    theirs, tensors = read_head(path)
-    check_labels(theirs if len(tensors) == 2 else [], labels, path)
+    tensors = read_head(path, "classifier")
+    check_labels(read_labels(path) if len(tensors) == 2 else [], labels, path)
     with torch.no_grad():
         for name, parameter in model.head.named_parameters():
             parameter.copy_(tensors[name])
-
-
-def _freeze(backbone: EncoderBackbone, section: EncoderBackboneSection) -> None:
-    encoder = backbone.encoder
-    modules: list[nn.Module] = [encoder.embed] if section.freeze_embeddings or section.freeze_layers else []
-    modules += list(encoder.blocks)[: section.freeze_layers]
-    for module in modules:
-        module.requires_grad_(False)
 
 
 def _whole_rows(

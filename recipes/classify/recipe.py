@@ -11,17 +11,18 @@ from torch import nn
 
 from bigbatch.recipes.classify import data
 from bigbatch.recipes.classify.config import ClassifyConfig, ObjectiveSection
+from bigbatch.recipes.classify.heads import label_tables, problem_type
 from bigbatch.recipes.classify.models import build_classifier
-from bigbatch.recipes.classify.models import learning_rate_scales as encoder_scales
-from bigbatch.recipes.classify.start import Start, find_start, label_tables, problem_type
+from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.clean import clean
-from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_tokenizer, load_tokenizer
+from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.metrics import classification_figures
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
 from bigbatch.recipes.core.models.hugging_face import Piece, read_json
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
+from bigbatch.recipes.core.start import Start, find_start
 
 RECORD_FILE = "conversion.json"  # what `bigbatch convert` writes beside the weights
 ARCHITECTURE = "ForSequenceClassification"
@@ -47,14 +48,14 @@ def open_data(config: ClassifyConfig) -> DataSplits:
     train = samples("train")
     assert train is not None  # prepare refuses data without training rows
     facts = {
-        "vocabulary_size": _vocabulary_size(folder, start),
+        "vocabulary_size": starting.starting_vocabulary(folder, start),
         "tokenizer": str(folder),
         "end_of_text": train.end_of_text,
         "labels": train.labels,
         "class_weights": _class_weights(config.objective, train),
         "tokens_per_sample": round(train.mean_tokens),
         "train_samples": train.num_samples,
-        "encoder": _shape(config, start),
+        "encoder": starting.starting_shape(config.model, start) if config.model.backbone == "encoder" else None,
         "hugging_face": start.hugging_face if start else None,
     }
     return DataSplits(train, samples("validation"), facts, samples("test"))
@@ -116,9 +117,7 @@ def learning_rate_scales(config: ClassifyConfig, model: nn.Module) -> dict[str, 
     """Let lower layers learn more slowly (`model.layer_decay`)."""
     if config.model.backbone != "encoder" or config.model.layer_decay == 1:
         return {}
-    names = [name for name, _ in model.named_parameters()]
-    num_layers = len({name.split(".")[3] for name in names if name.startswith("backbone.encoder.blocks.")})
-    return encoder_scales(config.model, num_layers, names)
+    return starting.learning_rate_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
 
 
 def flops_per_sample(config: ClassifyConfig, facts: dict[str, Any]) -> float:
@@ -211,25 +210,6 @@ def open_folder(folder: Path) -> tuple[ClassifyConfig, dict[str, Any], nn.Module
 def _start(config: ClassifyConfig) -> Start | None:
     section = config.model
     return find_start(section.initialize_from) if section.backbone == "encoder" and section.initialize_from else None
-
-
-def _vocabulary_size(folder: Path, start: Start | None) -> int:
-    """Return how many tokens the model knows; raise UserError if the tokenizer has more."""
-    size = load_tokenizer(folder).vocabulary_size
-    if start and size > start.vocabulary_size:
-        found = f"the tokenizer in {start.tokenizer} has {size} tokens, the model {start.vocabulary_size}"
-        raise UserError("model.initialize_from", found)
-    return start.vocabulary_size if start else size
-
-
-def _shape(config: ClassifyConfig, start: Start | None) -> dict[str, Any] | None:
-    """Return the encoder's shape with the document's dropout, or None for another backbone."""
-    if config.model.backbone != "encoder":
-        return None
-    shape = start.encoder if start else config.model.encoder and config.model.encoder.model_dump(mode="json")
-    if shape and config.model.dropout is not None:
-        shape = {**shape, "dropout": config.model.dropout}
-    return shape
 
 
 def _can_pack(config: ClassifyConfig, start: Start | None) -> bool:

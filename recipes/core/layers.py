@@ -1,7 +1,7 @@
 """The parts that native models are made of, and the three computations where a CPU deserves a way of its own.
 
 Shapes: B rows, T tokens, D hidden size, H heads, K heads of keys and values, G = H / K, E size of a head,
-S keys (T, or the tokens in a cache).
+S keys (T, or the tokens in a cache); W windows in R rows, L tokens of the longest.
 """
 
 import math
@@ -152,6 +152,15 @@ def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     cosine, sine = table
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def gather_windows(
+    hidden: torch.Tensor, firsts: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give each window of hidden states [R, T, D] a row [W, L, D] of its own, and tell what is a token there [W, L]."""
+    offsets = torch.arange(int(lengths.max()), device=hidden.device)
+    is_token = offsets < lengths.unsqueeze(1)
+    return hidden.flatten(0, 1)[torch.where(is_token, firsts.unsqueeze(1) + offsets, 0)], is_token
 
 
 def attention_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

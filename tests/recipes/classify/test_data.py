@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from bigbatch.recipes.classify.config import LabeledDataSection
-from bigbatch.recipes.classify.data import LabeledRow, assign_splits, collate, open_split, prepare, prepared
+from bigbatch.recipes.classify.data import LabeledRow, collate, open_split, prepare, prepared
 from bigbatch.recipes.core.data.examples import read_examples
+from bigbatch.recipes.core.data.splits import assign_splits
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 
@@ -279,7 +280,7 @@ RIGHT = "a text, a whole number, true or false would be right"
         ),
         (
             {"validation_fraction": 0.001},
-            "data.validation_fraction: is 0.001: not a row of 80 for any label",
+            "data.validation_fraction: is 0.001: too little for a row of 80",
         ),
         (
             {"validation": [row("a", "w")], "on_unseen_label": "skip"},

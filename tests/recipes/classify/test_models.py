@@ -11,8 +11,8 @@ from torch import nn
 from bigbatch.recipes.classify.config import ClassifyConfig
 from bigbatch.recipes.classify.models import Objective, build_classifier
 from bigbatch.recipes.classify.recipe import learning_rate_scales, open_folder
-from bigbatch.recipes.classify.start import find_start
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.start import find_start
 
 LABELS = ["high", "low", "middle"]
 SIZE = 50

@@ -1,25 +1,26 @@
 """What `model.initialize_from` names: a run or checkpoint of an encoder, or a Hugging Face folder.
 
 Three kinds: a checkpoint of this project whose model has an `Encoder`; a folder of BERT's family, read natively; any
-other folder that transformers' AutoModelForSequenceClassification opens.
+other folder with a config.json. And how a model that starts from one is tuned: layers drawn anew, frozen, or slower.
 """
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from bigbatch.recipes.core.checkpoint import MANIFEST, Reader, open_checkpoint
+from bigbatch.recipes.core.data.tokenizing import load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import Encoder, Pooler, load_encoder, section_from_hugging_face
+from bigbatch.recipes.core.models.encoder import Block, Encoder, Pooler, load_encoder, section_from_hugging_face
 from bigbatch.recipes.core.models.hugging_face import WeightFolder, read_json
 from bigbatch.recipes.core.run_home import recorded_path
 
 WHERE = "model.initialize_from"
 CONFIG_FILE = "config.json"
+PREFIXES = ("encoder.", "backbone.encoder.")  # what an encoder's parameters are called in the models that have one
 
 
 class Start(NamedTuple):
@@ -41,7 +42,7 @@ def find_start(name: str) -> Start:
     if (path / MANIFEST).exists() or (path / "checkpoints").is_dir():
         reader = open_checkpoint(path)
         section = reader.manifest["facts"].get("encoder") or reader.manifest["run"].get("model", {})
-        if not any(tensor.startswith(_prefix(reader)) for tensor in reader.tensors):
+        if _prefix(reader) is None:
             recipe = reader.manifest["run"].get("recipe")
             raise UserError(WHERE, f"{path} is a model of the recipe {recipe!r}, which has no encoder")
         tokenizer = recorded_path(reader.folder, reader.manifest["facts"]["tokenizer"])
@@ -62,8 +63,23 @@ def _plain(section: dict[str, Any]) -> dict[str, Any]:
     return EncoderSection.model_validate_json(json.dumps({**section, "initialize_from": None})).model_dump(mode="json")
 
 
-def _prefix(reader: Reader) -> str:
-    return "backbone.encoder." if reader.manifest["run"].get("recipe") == "classify" else "encoder."
+def _prefix(reader: Reader) -> str | None:
+    return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in reader.tensors)), None)
+
+
+def starting_vocabulary(folder: Path, start: Start | None) -> int:
+    """Return how many tokens the model knows, by the tokenizer in `folder`; raise UserError if that has more."""
+    size = load_tokenizer(folder).vocabulary_size
+    if start and size > start.vocabulary_size:
+        found = f"the tokenizer in {start.tokenizer} has {size} tokens, the model {start.vocabulary_size}"
+        raise UserError(WHERE, found)
+    return start.vocabulary_size if start else size
+
+
+def starting_shape(section: Any, start: Start | None) -> dict[str, Any] | None:
+    """Return the shape of the encoder of a model's section (`encoder`, `dropout`) with the document's dropout."""
+    shape = start.encoder if start else section.encoder and section.encoder.model_dump(mode="json")
+    return {**shape, "dropout": section.dropout} if shape and section.dropout is not None else shape
 
 
 def load_start(path: Path, encoder: Encoder, pooler: Pooler | None, vocabulary_size: int) -> None:
@@ -72,7 +88,7 @@ def load_start(path: Path, encoder: Encoder, pooler: Pooler | None, vocabulary_s
         load_encoder(encoder, path, vocabulary_size, pooler)
         return
     reader = open_checkpoint(path)
-    prefix = _prefix(reader)
+    prefix = _prefix(reader) or ""
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             parameter.copy_(_read(reader, prefix + name, parameter.shape))
@@ -80,6 +96,45 @@ def load_start(path: Path, encoder: Encoder, pooler: Pooler | None, vocabulary_s
         if pooler and any(tensor.startswith(theirs) for tensor in reader.tensors):
             for name, parameter in pooler.named_parameters():
                 parameter.copy_(_read(reader, theirs + name, parameter.shape))
+
+
+def start_encoder(
+    encoder: Encoder, pooler: Pooler | None, section: Any, vocabulary_size: int, initialize: bool
+) -> None:
+    """Fill an encoder as a model's section says: `initialize_from`, `redraw_layers` and what is to be frozen.
+
+    Where layers are drawn anew, the pooler is too. Without `initialize` no file is read.
+    """
+    if section.initialize_from and initialize:
+        fresh = [Block(encoder.section) for _ in range(section.redraw_layers)]
+        path = Path(section.initialize_from).expanduser()
+        load_start(path, encoder, None if section.redraw_layers else pooler, vocabulary_size)
+        for index, block in enumerate(reversed(fresh), 1):
+            encoder.blocks[-index] = block
+    frozen = [encoder.embed] if section.freeze_embeddings or section.freeze_layers else []
+    for module in [*frozen, *list(encoder.blocks)[: section.freeze_layers]]:
+        module.requires_grad_(False)
+
+
+def learning_rate_scales(layer_decay: float, names: list[str]) -> dict[str, float]:
+    """Return `layer_decay` to the power of how many layers stand above, for the parameters of an encoder by name."""
+    prefix = next(prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names))
+    place = prefix.count(".") + 1
+    blocks = {name: int(name.split(".")[place]) for name in names if name.startswith(f"{prefix}blocks.")}
+    num_layers = 1 + max(blocks.values())
+    scales = {name: layer_decay ** (num_layers + 1) for name in names if name.startswith(f"{prefix}embed.")}
+    return scales | {name: layer_decay ** (num_layers - number) for name, number in blocks.items()}
+
+
+def read_head(path: Path, theirs: str) -> dict[str, torch.Tensor]:
+    """Return weight and bias of the head in a folder, where it is called `theirs`, or in a checkpoint; {} for none."""
+    if (path / CONFIG_FILE).is_file():
+        weights, prefix = WeightFolder(path), theirs
+        there, read = weights.files, weights.read
+    else:
+        reader, prefix = open_checkpoint(path), "head"
+        there, read = reader.tensors, reader.read
+    return {name: read(f"{prefix}.{name}") for name in ("weight", "bias") if f"{prefix}.{name}" in there}
 
 
 def _read(reader: Reader, name: str, shape: torch.Size) -> torch.Tensor:
@@ -90,67 +145,3 @@ def _read(reader: Reader, name: str, shape: torch.Size) -> torch.Tensor:
         found = f"tensor {name!r} of {reader.folder} is {tuple(tensor.shape)}"
         raise UserError(WHERE, f"{found}, the model's is {tuple(shape)}: another tokenizer or shape")
     return tensor
-
-
-def read_head(path: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """Return the labels of the head in a folder or checkpoint, and its weight and bias; empty where it has none."""
-    if (path / CONFIG_FILE).is_file():
-        table, weights = read_json(path / CONFIG_FILE).get("id2label") or {}, WeightFolder(path)
-        names = [name for name in ("weight", "bias") if f"classifier.{name}" in weights.files]
-        return [table[key] for key in sorted(table, key=int)], {n: weights.read(f"classifier.{n}") for n in names}
-    reader = open_checkpoint(path)
-    names = [name for name in ("weight", "bias") if f"head.{name}" in reader.tensors]
-    return reader.manifest["facts"].get("labels", []), {name: reader.read(f"head.{name}") for name in names}
-
-
-def build_other(
-    config: dict[str, Any], folder: Path | None, labels: list[str], multi_label: bool, keep_head: bool
-) -> nn.Module:
-    """Build transformers' classifier of another family: first weights, or those of the folder, safetensors alone."""
-    import transformers  # noqa: PLC0415 - takes seconds, and native models do without
-
-    named = {key: value for key, value in config.items() if key not in ("id2label", "label2id", "num_labels")}
-    settings = transformers.AutoConfig.for_model(**named)
-    settings.id2label, settings.label2id = label_tables(labels)
-    settings.problem_type = problem_type(multi_label)
-    if settings.pad_token_id is None:  # a decoder classifies by its last token that is not padding
-        settings.pad_token_id = settings.eos_token_id
-    auto_class = transformers.AutoModelForSequenceClassification
-    try:
-        if folder is None:
-            return auto_class.from_config(settings, dtype=torch.float32)
-        model = auto_class.from_pretrained(
-            folder,
-            config=settings,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # a head for other labels is drawn anew
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(WHERE, f"{folder or config.get('model_type')} is no text classifier: {error}") from None
-    if keep_head:
-        check_labels(list((config.get("id2label") or {}).values()), labels, folder)
-        return model
-    for name, module in model.named_modules():
-        if not name.startswith(model.base_model_prefix) and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    return model
-
-
-def check_labels(theirs: list[str], labels: list[str], folder: Path) -> None:
-    """Raise UserError unless a head that is to be kept is for the labels at hand."""
-    if theirs != labels:
-        shown = ", ".join(theirs[:5]) or "none"
-        raise UserError("model.keep_head", f"the head in {folder} is for other labels ({shown}, ...); right is false")
-
-
-def label_tables(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
-    """Return id2label and label2id as config.json has them."""
-    return dict(enumerate(labels)), {label: index for index, label in enumerate(labels)}
-
-
-def problem_type(multi_label: bool) -> Literal["multi_label_classification", "single_label_classification"]:
-    """Return how transformers calls the loss."""
-    return "multi_label_classification" if multi_label else "single_label_classification"

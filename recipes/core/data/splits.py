@@ -1,0 +1,158 @@
+"""Rows in three splits: what falls to which, which texts stand in two, and the files and tokenizer they come from."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
+
+from bigbatch.recipes.core.config import TokenizerSection
+from bigbatch.recipes.core.data.sources import SourceFile, list_files, shared_file
+from bigbatch.recipes.core.data.tokenizing import fingerprint, given_tokenizer_file
+from bigbatch.recipes.core.errors import UserError
+
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+RARE = ("",)  # stands for all sets of labels of which a share is less than a row
+
+SplitSources = Any
+"""A section with train, validation, test, validation_fraction, test_fraction, on_leak and tokenizer."""
+
+
+class Row(Protocol):
+    """What is known of a row ahead of any split."""
+
+    @property
+    def text(self) -> str:
+        """By which rows are equal."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of each of which every split gets its share; () where rows have none."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """File and line, for messages."""
+        ...
+
+
+def cut_splits(data: SplitSources, rows: dict[str, list[Any]], multi_label: bool = False) -> dict[str, list[Any]]:
+    """Cut validation and test rows from the training rows where the settings say so, by `data.split_seed`."""
+    if not any(split_shares(data).values()):
+        return rows
+    splits = assign_splits(rows[TRAIN], split_shares(data), data.split_seed, multi_label)
+    cut = list(zip(splits, rows[TRAIN], strict=True))
+    return {split: [row for name, row in cut if name == split] or rows[split] for split in SPLITS}
+
+
+def assign_splits(rows: Sequence[Row], shares: dict[str, float], seed: int, multi_label: bool = False) -> list[str]:
+    """Return the split of each row: shares of each label's rows, rounded, the others train.
+
+    Which ones follows from a hash of the seed and the text; rows of equal texts stay together, and a row of each label
+    stays in train. With several labels a text it is shares of each set of labels, all rare sets counted as one.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(_folded(row.text), []).append(number)
+    training = Counter(label for row in rows for label in row.labels)
+    splits = [TRAIN] * len(rows)
+    for texts in _strata(rows, groups, max(shares.values()), multi_label):
+        num_rows = sum(len(groups[text]) for text in texts)
+        texts.sort(key=lambda text: xxhash.xxh3_128_digest(f"{seed} {text}".encode()))
+        for split, share in shares.items():
+            room = round(share * num_rows)
+            for text in texts if room else ():
+                members = groups[text]
+                lost = Counter(label for number in members for label in rows[number].labels)
+                is_free = splits[members[0]] == TRAIN and all(training[label] > n for label, n in lost.items())
+                if is_free and len(members) <= room:
+                    room -= len(members)
+                    training -= lost
+                    for number in members:
+                        splits[number] = split
+    return splits
+
+
+def _strata(rows: Sequence[Row], groups: dict[str, list[int]], share: float, multi_label: bool) -> list[list[str]]:
+    """Return the texts of each label, or set of labels; a text with several goes with the first by name."""
+    strata: dict[tuple[str, ...], list[str]] = {}
+    for text, members in groups.items():
+        strata.setdefault(min(rows[number].labels for number in members), []).append(text)
+    if multi_label:
+        sizes = {labels: sum(len(groups[text]) for text in texts) for labels, texts in strata.items()}
+        for labels in [labels for labels, size in sizes.items() if round(share * size) == 0]:
+            strata.setdefault(RARE, []).extend(strata.pop(labels))
+    return [strata[labels] for labels in sorted(strata)]
+
+
+def count_leaks(data: SplitSources, rows: dict[str, list[Any]]) -> dict[str, int]:
+    """Count the rows of each split whose text stands in an earlier one, however it is written, and drop or refuse."""
+    earlier: dict[str, str] = {}
+    counts = {}
+    for split in SPLITS:  # the first one has none
+        found = [(row, _folded(row.text)) for row in rows[split]]
+        leaked = [(row, text) for row, text in found if text in earlier]
+        if leaked and data.on_leak == "fail":
+            row, text = leaked[0]
+            which = f"{len(leaked)} of its texts stand in an earlier split too, such as {row.origin} in {earlier[text]}"
+            raise UserError(f"data.{split}", f"{which}; data.on_leak 'drop' leaves them out")
+        if data.on_leak == "drop":
+            rows[split] = [row for row, text in found if text not in earlier]
+        for row, text in found:
+            earlier.setdefault(text, row.origin)
+        counts[split] = len(leaked)
+    return counts
+
+
+def _folded(text: str) -> str:
+    """Return what equal texts share, however they are spaced and capitalized."""
+    return " ".join(text.casefold().split())
+
+
+def check_splits(data: SplitSources, rows: dict[str, list[Any]], counts: dict[str, int]) -> None:
+    """Raise UserError for a split that was asked for and has no row."""
+    for split, share in split_shares(data).items():
+        if share and not rows[split]:
+            raise UserError(f"data.{split}_fraction", f"is {share}: too little for a row of {len(rows[TRAIN])}")
+        if getattr(data, split) and not rows[split]:
+            raise UserError(f"data.{split}", f"no row is left ({shown_counts(counts)})")
+
+
+def split_tokenizer(data: SplitSources, folder: Path | None) -> TokenizerSection:
+    """Return the settings' tokenizer, or that of the folder of a model to start from."""
+    return TokenizerSection(kind="pretrained", path=str(folder)) if folder else data.tokenizer
+
+
+def tokenizer_hashes(data: SplitSources, folder: Path | None) -> tuple[str, ...]:
+    """Return what stands for a tokenizer that is brought along."""
+    section = split_tokenizer(data, folder)
+    return (fingerprint(given_tokenizer_file(section)),) if section.kind == "pretrained" else ()
+
+
+def list_split_files(data: SplitSources) -> dict[str, list[SourceFile]]:
+    """Find the files of each split; raise UserError where two hold the same rows, or a split is asked for twice."""
+    files = {split: list_files(getattr(data, split), f"data.{split}") for split in SPLITS}
+    for first, second in combinations(SPLITS, 2):
+        if path := shared_file(files[first], files[second]):
+            raise UserError(f"data.{second}", f"holds {path}, which data.{first} holds too")
+    for split, share in split_shares(data).items():
+        if share and files[split]:
+            raise UserError(f"data.{split}_fraction", f"is {share}, without effect beside data.{split}; remove one")
+    if (total := sum(split_shares(data).values())) >= 1:
+        raise UserError(
+            "data.test_fraction", f"and data.validation_fraction are {total:g}: nothing is left to train on"
+        )
+    return files
+
+
+def split_shares(data: SplitSources) -> dict[str, float]:
+    """Return the share of the training rows that each other split gets."""
+    return {TEST: data.test_fraction, VALIDATION: data.validation_fraction}
+
+
+def shown_counts(counts: dict[str, int]) -> str:
+    """Return counts that are not 0 as a message shows them."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count)
