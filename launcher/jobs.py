@@ -1,9 +1,10 @@
 """The user's view of submitted runs: status, logs, cancel, resume; with Slurm's word where it gives one."""
 
 import contextlib
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,25 +90,26 @@ def render(statuses: Sequence[Status]) -> str:
 
 
 def logs(run_dir: Path, rank: int | None, *, all_ranks: bool, follow: bool) -> int:
-    """Print what a run's job, one rank of it or all have written; with `follow`, what comes until it ends."""
-    files = _log_files(run_dir, rank, all_ranks=all_ranks)
-    if not files and not follow:
+    """Print what a run's job and rank 0, one rank or all have written; with `follow`, what comes until it ends."""
+    if not _log_files(run_dir, rank, all_ranks=all_ranks) and not follow:
         (own,) = status([run_dir])
         raise UserError(str(run_dir), f"no such log yet; the run is {_words(own.state)}" + _because(own.reason))
     tails: dict[Path, _Tail] = {}
-    asked, ended = time.monotonic(), False
+    asked, ended, is_first, last = time.monotonic(), False, True, None
     while True:
         for path in _log_files(run_dir, rank, all_ranks=all_ranks):
-            if path not in tails:
-                tails[path] = _Tail(path, FOLLOW_LINES if follow and not tails else None)
-            for line in tails[path].new_lines(whole=not follow or ended):
+            tail = tails.setdefault(path, _Tail(path, FOLLOW_LINES if follow and is_first else None))
+            for line in tail.new_lines(whole=not follow or ended):
+                if path != last and not all_ranks and rank is None:
+                    print(f"==> {path.relative_to(run_dir)} <==")
+                last = path
                 print(f"[{path.stem}] {line}" if all_ranks else line, flush=follow)
         if not follow or ended:
             return EXIT_DONE
-        if time.monotonic() - asked > ASK_EVERY_SECONDS or not tails:
+        if is_first or time.monotonic() - asked > ASK_EVERY_SECONDS:
             (own,) = status([run_dir])
-            ended = own.state not in LIVE and not own.note
-            asked = time.monotonic()
+            ended, asked = own.state not in LIVE and not own.note, time.monotonic()
+        is_first = False
         time.sleep(FOLLOW_SECONDS if not ended else 0)
 
 
@@ -138,24 +140,38 @@ def cancel(run_dir: Path, *, now: bool) -> int:
 
 
 def resume(run_dir: Path) -> int:
-    """Submit a run again as it was submitted before; it goes on from its last checkpoint."""
-    facts = read_facts(run_dir)
+    """Submit a run again, or what is not done of a sweep, as before; it goes on from its last checkpoint."""
+    facts = [read_facts(path.absolute()) for path in runs_under([run_dir])]
+    ids = [job_id for own in facts for job_id in job_ids(own)]
+    queued = {job.job_id: job.state.lower() for job in slurm_client.queued(ids)} if ids else {}
+    reasons = {own.path: _why_no_resume(own, queued) for own in facts}
+    if all(reasons.values()):
+        raise UserError(str(run_dir), "; ".join(sorted({str(reason) for reason in reasons.values()})))
+    for path in [path for path, reason in reasons.items() if not reason]:
+        resubmit(path)
+    return EXIT_DONE
+
+
+def _why_no_resume(facts: RunFacts, queued: Mapping[str, str]) -> str | None:
     if not facts.job:
-        advice = (
-            f"to go on with it here: bigbatch train {run_dir}" if RunDir(run_dir).exists() else "it is no run folder"
-        )
-        raise UserError(str(run_dir), f"was never submitted; {advice}")
-    live = [job for job in slurm_client.queued(job_ids(facts)) if job.state.lower() in (*LIVE, *WAITING)]
-    if live:
-        raise UserError(str(run_dir), f"job {live[0].job_id} is {live[0].state.lower()}; there is nothing to resume")
-    if facts.is_done:
-        raise UserError(str(run_dir), f"has ended: all {facts.last_step:,} steps are done")
-    return resubmit(run_dir)
+        return f"was never submitted; to go on with it here: bigbatch train {shlex.quote(str(facts.path))}"
+    for job_id in job_ids(facts):
+        if queued.get(job_id) in (*LIVE, *WAITING):
+            return f"job {job_id} is {queued[job_id]}; there is nothing to resume"
+    return f"has ended: all {facts.last_step:,} steps are done" if facts.is_done else None
 
 
 def job_ids(facts: RunFacts) -> list[str]:
-    """Return the numbers of a run's jobs, oldest first."""
-    return [str(job_id) for job_id in facts.job.get("job_ids", [])]
+    """Return the numbers of a run's jobs, oldest first: as submitted, and then by hand with `sbatch job.sbatch`."""
+    known = [str(job_id) for job_id in facts.job.get("job_ids", [])]
+    told = {str(event["job_id"]) for event in facts.events if "job_id" in event}
+    newest = max(map(_number, known), default=(0,))
+    return known + sorted((job_id for job_id in told if _number(job_id) > newest), key=_number)
+
+
+def _number(job_id: str) -> tuple[int, ...]:
+    """Return what orders jobs: they are numbered as they are submitted."""
+    return tuple(int(part) for part in job_id.split("_"))
 
 
 def _ask_slurm(ids: Sequence[str]) -> _Answers:
@@ -203,7 +219,7 @@ def _of_this_host(facts: RunFacts) -> Status:
     if facts.failure:
         return Status(run_dir, "failed", facts.failure)
     if facts.step is not None:
-        return Status(run_dir, "interrupted", f"to go on: bigbatch train {run_dir}")
+        return Status(run_dir, "interrupted", f"to go on: bigbatch train {shlex.quote(run_dir)}")
     return Status(run_dir, "not_submitted")
 
 
@@ -295,7 +311,7 @@ def _explained(facts: RunFacts, found: Status, record: AccountedJob | None = Non
     if last.get("event") == "give_up":
         return found._replace(state="given_up", reason=last.get("reason"))
     if found.state == "failed" and last.get("exit_status") == EXIT_REQUEUE:
-        return found._replace(state="saved", reason=f"to go on: bigbatch resume {facts.path}")
+        return found._replace(state="saved", reason=f"to go on: bigbatch resume {shlex.quote(str(facts.path))}")
     if found.state == "failed":
         by_slurm = f"exit status {record.exit_status}" if record else found.reason
         return found._replace(reason=last.get("reason") or facts.failure or by_slurm)
@@ -376,14 +392,18 @@ class _Tail:
 
 
 def _log_files(run_dir: Path, rank: int | None, *, all_ranks: bool) -> list[Path]:
-    """Return the log that is meant: the newest job's, a rank's, or all ranks'."""
+    """Return the logs that are meant: all ranks', one rank's, or the newest job's and rank 0's, the latest last."""
     folder = RunDir(run_dir).path / "log"
     if all_ranks:
         return sorted(folder.glob("rank*.txt"), key=lambda path: (len(path.name), path.name))
     if rank is not None:
         return [path for path in [folder / f"rank{rank}.txt"] if path.exists()]
-    jobs = sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
-    return jobs[-1:] or [path for path in [folder / "rank0.txt"] if path.exists()]
+    of_jobs = sorted(folder.glob("slurm-*.out"), key=_written)[-1:]
+    return sorted([*of_jobs, *folder.glob("prepare.txt"), *folder.glob("rank0.txt")], key=_written)
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _row(own: Status) -> tuple[str, ...]:

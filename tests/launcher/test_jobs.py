@@ -291,7 +291,9 @@ def test_logs_shows_the_job_one_rank_or_all(tmp_path, capsys):
     for rank in (0, 1, 10):
         (run / "log" / f"rank{rank}.txt").write_text(f"here is {rank}\nwithout an end")
     assert cli.main(["logs", str(run)]) == 0
-    assert capsys.readouterr().out == "the job\n"
+    assert capsys.readouterr().out == (
+        "==> log/slurm-7.out <==\nthe job\n==> log/rank0.txt <==\nhere is 0\nwithout an end\n"
+    )
     assert cli.main(["logs", str(run), "--rank", "1"]) == 0
     assert capsys.readouterr().out == "here is 1\nwithout an end\n"
     assert cli.main(["logs", str(run), "--all"]) == 0
@@ -302,9 +304,10 @@ def test_logs_shows_the_job_one_rank_or_all(tmp_path, capsys):
 @pytest.mark.slurm
 def test_logs_are_followed_until_the_job_has_ended(slurm, tmp_path):
     run = make_run(tmp_path / "run", step=20)
-    submit(run, "echo first\nuntil [ -e go ]; do sleep 0.1; done\necho second\nprintf third")
+    job = submit(run, "echo first\nuntil [ -e go ]; do sleep 0.1; done\necho second\nprintf third")
     command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "logs", "-f", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout.readline() == f"==> log/slurm-{job}.out <==\n"
         assert follower.stdout.readline() == "first\n"
         (run / "go").touch()
         assert follower.communicate(timeout=60)[0] == "second\nthird\n"
