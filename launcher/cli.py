@@ -116,12 +116,29 @@ def show(run: str, overrides: list[str], as_json: bool) -> int:
     return EXIT_DONE
 
 
-def check(run: str, ranks: int | None, overrides: list[str], as_json: bool) -> int:
-    """Find what can be known to be wrong before a run; needs no GPU and no torch."""
+def check(
+    run: str,
+    ranks: int | None,
+    profile: str | None,
+    nodes: str | None,
+    time_limit: str | None,
+    overrides: list[str],
+    as_json: bool,
+) -> int:
+    """Find what can be known to be wrong before a run, here or on a cluster; needs no GPU and no torch."""
     from bigbatch.launcher import preflight
     from bigbatch.launcher.local import default_ranks
 
-    findings = preflight.check_run(_document_of(run), overrides, ranks or default_ranks())
+    if profile is None:
+        if nodes or time_limit:
+            raise UserError("--nodes" if nodes else "--time", "says nothing without --profile")
+        findings = preflight.check_run(_document_of(run), overrides, ranks or default_ranks())
+    elif ranks:
+        raise UserError("--ranks", "are as many a node as the profile says; --nodes says on how many")
+    else:
+        from bigbatch.launcher.preflight_cluster import check_run_on
+
+        findings = check_run_on(_document_of(run), overrides, profile, nodes, time_limit)
     print(preflight.to_json(findings) if as_json else preflight.render(findings))
     return EXIT_USER_ERROR if preflight.has_errors(findings) else EXIT_DONE
 
@@ -332,7 +349,7 @@ VERBS = {
     "quickstart": Verb(quickstart, ()),
     "recipes": Verb(recipes, ("--json",)),
     "show": Verb(show, ("run", "--set", "--json")),
-    "check": Verb(check, ("run", "--ranks", "--set", "--json")),
+    "check": Verb(check, ("run", "--ranks", "--profile", "--nodes", "--time", "--set", "--json")),
     "plan": Verb(plan, ("run", *PLAN_FLAGS, "--set", "--json")),
     "prepare": Verb(prepare, ("run", "--set")),
     "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--resume")),
@@ -393,6 +410,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--partition": {"metavar": "P", "help": "new: default: the cluster's own, or the one with the most GPUs"},
     "--output": {"type": Path, "metavar": "FILE", "help": "new: default: ~/.config/bigbatch/profiles/NAME.v1.json"},
     "--ranks": {"type": _positive, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
+    "--profile": {"metavar": "P", "help": "how a cluster is asked: a name under slurm/profiles, or a path"},
+    "--nodes": {"metavar": "N", "help": "how many, or a range such as 2-8 (default: the profile's)"},
+    "--time": {"dest": "time_limit", "metavar": "T", "help": "limit of a job: 12:00:00 (default: the profile's)"},
     "what": {"choices": tuple(BENCH_RUNS), "help": "what to measure"},
     "bench_run": {"metavar": "RUN", "nargs": "?", "help": "default: gpt/bench; for checkpoint gpt/124m"},
     "--rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns of each (default 5)"},

@@ -62,22 +62,31 @@ def check_run(run: str, overrides: Sequence[str], ranks: int, run_dir: Path = RU
     return check(resolved, ranks, run_dir)
 
 
-def check(resolved: Resolved, ranks: int, run_dir: Path = RUNS) -> list[Finding]:
-    """Check a resolved run for this many ranks (processes) against this machine: errors first, derived numbers last."""
+def check(resolved: Resolved, ranks: int, run_dir: Path = RUNS, is_here: bool = True) -> list[Finding]:
+    """Check a resolved run for this many ranks (processes): errors first, derived numbers last.
+
+    `is_here`: it is going to run on this machine, so that its devices count.
+    """
     config: Any = resolved.config
     findings = [
         *_batch(resolved, ranks),
         *_sync(config),
         *_data(config),
         *_model_files(config),
-        *_devices(config, resolved.deepspeed),
+        *(_devices(config, resolved.deepspeed) if is_here else ()),
     ]
     # The numbers begin with the size of the vocabulary and of the model to start from.
     known = all(finding.rule not in ("tokenizer", "weights") for finding in findings)
-    parameters = _parameters(config) if known else None
+    parameters = parameters_of(config) if known else None
     if parameters:
-        size = _checkpoint_size(config, parameters.count, count_data_ranks(config, ranks))
-        findings += [*_disk(config, run_dir, size), *_host_memory(config, size), *_numbers(config, parameters)]
+        needs = checkpoint_needs(config, parameters, ranks)
+        here = _host_memory(config, needs) if is_here else ()
+        findings += [*_disk(run_dir, needs), *here, *_numbers(config, parameters)]
+    return in_order(findings)
+
+
+def in_order(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings, the gravest first."""
     order = ("error", "warning", "info")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 
@@ -267,48 +276,63 @@ def _devices(config: RunConfig, deepspeed: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(NEEDS_GPU, "warning", f"zero_optimization.{name}", "needs a GPU; there is none here")
 
 
-def _checkpoint_size(config: Any, parameters: int, data_ranks: int) -> int:
-    """Return the bytes of a checkpoint; with local_sgd it has each rank's own, and once what belongs to all."""
-    size = checkpoint_bytes(parameters, config.optimizer)
-    return size * data_ranks + OUTER_BYTES * parameters if config.parallel.sync == "local_sgd" else size
+class Needs(NamedTuple):
+    """What a run's checkpoints take."""
+
+    checkpoint_bytes: int
+    """One of them."""
+    retained_bytes: int
+    """The most at once."""
+    retained_files: int
 
 
-def _host_memory(config: Any, size: int) -> Iterator[Finding]:
+def checkpoint_needs(config: Any, parameters: "Parameters", ranks: int) -> Needs:
+    """Return what the checkpoints of a run on so many ranks take."""
+    keeps = config.checkpoint
+    size = checkpoint_bytes(parameters.count, config.optimizer)
+    if config.parallel.sync == "local_sgd":  # each rank's own, and once what belongs to all
+        size = size * count_data_ranks(config, ranks) + OUTER_BYTES * parameters.count
+    stay = config.schedule.total_steps // keeps.keep_every_steps if keeps.keep_every_steps else 0
+    count = keeps.keep + 1 + stay  # the next one is whole before the oldest goes
+    return Needs(size, size * count, count * (2 * ranks + 2))  # while it is written, each rank describes its file
+
+
+def existing_folder(run_dir: Path) -> Path:
+    """Return a run folder that exists, else the nearest one above that it would be made in."""
+    return next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+
+
+def _host_memory(config: Any, needs: Needs) -> Iterator[Finding]:
     if not config.checkpoint.asynchronous:
         return
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    message = f"the ranks keep a copy of their state, {_amount(size, 'B')} in all; {_amount(there, 'B')} are here"
+    size, there = needs.checkpoint_bytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    message = f"the ranks keep a copy of their state, {amount(size, 'B')} in all; {amount(there, 'B')} are here"
     severity, advice = ("warning", "spread the ranks, or set it to false") if size > there else ("info", "")
     yield Finding("host-memory", severity, "checkpoint.asynchronous", message, advice)
 
 
-def _disk(config: Any, run_dir: Path, size: int) -> Iterator[Finding]:
-    existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+def _disk(run_dir: Path, needs: Needs) -> Iterator[Finding]:
+    existing = existing_folder(run_dir)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield Finding(
             "run-folder", "error", str(run_dir), f"{existing} cannot be written to", "choose another --run-dir"
         )
-    keeps = config.checkpoint
-    stay = config.schedule.total_steps // keeps.keep_every_steps if keeps.keep_every_steps else 0
-    # The next one is whole before the oldest goes.
-    needed, free = size * (keeps.keep + 1 + stay), shutil.disk_usage(existing).free
+    size, needed, free = needs.checkpoint_bytes, needs.retained_bytes, shutil.disk_usage(existing).free
     # A run that goes on has some of its checkpoints already, so only a disk without room for one is an error.
     severity = "error" if size > free else "warning" if needed > free else "info"
-    advice = (
-        f"lower checkpoint.keep or keep_every_steps, or free {_amount(needed - free, 'B')}" if needed > free else ""
-    )
-    message = f"{_amount(size, 'B')} a checkpoint, {_amount(needed, 'B')} at most; {_amount(free, 'B')} are free"
+    advice = f"lower checkpoint.keep or keep_every_steps, or free {amount(needed - free, 'B')}" if needed > free else ""
+    message = f"{amount(size, 'B')} a checkpoint, {amount(needed, 'B')} at most; {amount(free, 'B')} are free"
     yield Finding("disk", severity, str(run_dir), message, advice)
 
 
-def _numbers(config: Any, parameters: "_Parameters") -> Iterator[Finding]:
+def _numbers(config: Any, parameters: "Parameters") -> Iterator[Finding]:
     data: Any = config.data
     about = "" if parameters.is_exact else "about "
-    yield Finding("numbers", "info", "model", f"{about}{_amount(parameters.count, '')} parameters")
+    yield Finding("numbers", "info", "model", f"{about}{amount(parameters.count, '')} parameters")
     total = config.batch.global_size * config.schedule.total_steps
     if isinstance(data, TokenDataSection):
         tokens = config.batch.global_size * data.sequence_length
-        message = f"{tokens:,} tokens a step, {_amount(total * data.sequence_length, '')} in all"
+        message = f"{tokens:,} tokens a step, {amount(total * data.sequence_length, '')} in all"
         yield Finding("numbers", "info", "schedule.total_steps", message)
         samples, rows = (_corpus_tokens(data) or 0) / data.sequence_length, ""
     else:
@@ -320,23 +344,25 @@ def _numbers(config: Any, parameters: "_Parameters") -> Iterator[Finding]:
         yield Finding("numbers", "info", "data.train", message)
 
 
-class _Parameters(NamedTuple):
+class Parameters(NamedTuple):
+    """How many a model has."""
+
     count: int
     is_exact: bool
 
 
-def _parameters(config: Any) -> _Parameters | None:
+def parameters_of(config: Any) -> Parameters | None:
     """Count the model's parameters; None where the document does not say enough."""
     data: Any = getattr(config, "data", None)
     model: Any = getattr(config, "model", None)
     if not hasattr(data, "tokenizer"):
         return None
     if hasattr(model, "backbone") and getattr(model, "initialize_from", None):
-        return _Parameters(look_at_start(Path(model.initialize_from).expanduser()).parameters, False)
+        return Parameters(look_at_start(Path(model.initialize_from).expanduser()).parameters, False)
     labels = len(getattr(data, "labels", ())) or getattr(config, "num_outputs", 0)
     labels = labels or 2 * (getattr(config, "sentence_task", "none") != "none")
     is_exact = data.tokenizer.kind != "character" and (labels > 0 or not hasattr(model, "backbone"))
-    return _Parameters(count_parameters(model, vocabulary_size(data.tokenizer), labels), is_exact)
+    return Parameters(count_parameters(model, vocabulary_size(data.tokenizer), labels), is_exact)
 
 
 def _training_files(data: Any) -> list[SourceFile]:
@@ -380,7 +406,7 @@ def _taken(file: SourceFile) -> float:
     return (1 / (file.table.take_every or 1)) * (1 - 1 / file.table.skip_every if file.table.skip_every else 1)
 
 
-def _amount(number: float, unit: str) -> str:
+def amount(number: float, unit: str) -> str:
     """Return a number with a decimal prefix: 124 M, 1.5 GB."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if number < 1000:

@@ -197,9 +197,9 @@ def accounts() -> list[str]:
         return []
 
 
-def node_groups() -> list[NodeGroup]:
+def node_groups(seconds: float = ANSWER_SECONDS) -> list[NodeGroup]:
     """Return the nodes of all partitions, those that are alike as one."""
-    lines = _ask(["sinfo", "--noheader", "-o", "%P|%a|%l|%D|%T|%c|%m|%G|%f"]).splitlines()
+    lines = _ask(["sinfo", "--noheader", "-o", "%P|%a|%l|%D|%T|%c|%m|%G|%f"], seconds).splitlines()
     return [_node_group(line.split("|")) for line in lines]
 
 

@@ -15,7 +15,8 @@ import pyarrow
 import xxhash
 
 from bigbatch.recipes.core.config import Section
-from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, is_latest, latest, locked, point_to, short_hash
+from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, is_latest, latest, locked, point_to
+from bigbatch.recipes.core.data.identity import short_hash
 from bigbatch.recipes.core.data.manifest import (
     MANIFEST_FILE,
     Source,

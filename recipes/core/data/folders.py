@@ -1,8 +1,6 @@
 """Where prepared data lie: prepared_dir/<content id>/, one process building at a time, and which was made last."""
 
 import fcntl
-import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +10,6 @@ from bigbatch.recipes.core.data.manifest import write_atomically
 from bigbatch.recipes.core.errors import UserError
 
 VERIFIED_BYTES = 2**30  # more is not read whole at every start; sizes are compared
-
-
-def short_hash(content: object) -> str:
-    """Return 16 hexadecimal digits that stand for a JSON value."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @contextmanager

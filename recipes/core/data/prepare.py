@@ -17,7 +17,8 @@ import xxhash
 from bigbatch.recipes.core.config import Section, TokenDataSection
 from bigbatch.recipes.core.data import tokenizing
 from bigbatch.recipes.core.data.clean import clean, units
-from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, is_latest, latest, locked, point_to, short_hash
+from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, is_latest, latest, locked, point_to
+from bigbatch.recipes.core.data.identity import short_hash
 from bigbatch.recipes.core.data.manifest import (
     MANIFEST_FILE,
     MANIFEST_VERSION,

@@ -1,6 +1,5 @@
 """Tokenizers: trained on the texts at hand or brought along, kept as an ordinary Hugging Face tokenizer folder."""
 
-import hashlib
 import itertools
 import json
 import re
@@ -14,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bigbatch.recipes.core.config import TokenizerSection
+from bigbatch.recipes.core.data.identity import fingerprint
 from bigbatch.recipes.core.data.manifest import write_atomically
 from bigbatch.recipes.core.data.sources import locate
 from bigbatch.recipes.core.errors import UserError
@@ -128,15 +128,6 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str, where: str) -> lis
         vocabulary = tokenizer.get_vocab()
         unknown = sorted({character for character in text if character not in vocabulary})
         raise UserError(where, f"{text!r} holds {', '.join(map(repr, unknown))}, not in the vocabulary") from None
-
-
-def fingerprint(tokenizer_file: Path) -> str:
-    """Return a hash of what a tokenizer.json says, however it is laid out."""
-    try:
-        content = json.loads(tokenizer_file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(tokenizer_file), f"is not a tokenizer.json: {error}") from None
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def given_tokenizer_file(section: TokenizerSection) -> Path:
