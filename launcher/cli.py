@@ -195,7 +195,7 @@ def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str
 
 def submit(
     run: str,
-    profile: str,
+    profile: str | None,
     nodes: str | None,
     time_limit: str | None,
     run_dir: Path | None,
@@ -209,6 +209,8 @@ def submit(
     from bigbatch.launcher.submit import Wanted, submit_sweep
     from bigbatch.launcher.submit import submit as submit_one
 
+    if profile is None:
+        raise UserError("--profile", "missing; right is the name of one that `bigbatch profile ls` lists, or a path")
     if sweep and chain:
         raise UserError("--chain", "does not go with --sweep; submit the members one by one")
     wanted = Wanted(nodes, time_limit, run_dir, overrides, chain, dry_run)
@@ -410,9 +412,6 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--partition": {"metavar": "P", "help": "new: default: the cluster's own, or the one with the most GPUs"},
     "--output": {"type": Path, "metavar": "FILE", "help": "new: default: ~/.config/bigbatch/profiles/NAME.v1.json"},
     "--ranks": {"type": _positive, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
-    "--profile": {"metavar": "P", "help": "how a cluster is asked: a name under slurm/profiles, or a path"},
-    "--nodes": {"metavar": "N", "help": "how many, or a range such as 2-8 (default: the profile's)"},
-    "--time": {"dest": "time_limit", "metavar": "T", "help": "limit of a job: 12:00:00 (default: the profile's)"},
     "what": {"choices": tuple(BENCH_RUNS), "help": "what to measure"},
     "bench_run": {"metavar": "RUN", "nargs": "?", "help": "default: gpt/bench; for checkpoint gpt/124m"},
     "--rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns of each (default 5)"},
@@ -424,7 +423,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--network": {"type": _above_zero, "metavar": "GB_A_SECOND", "help": "of a card to other nodes"},
     "--price": {"type": _above_zero, "metavar": "DOLLARS", "help": "of a card for an hour"},
     "--top": {"type": _positive, "metavar": "N", "default": 10, "help": "show the best so many (default 10)"},
-    "--profile": {"metavar": "P", "required": True, "help": "name or path of a cluster's profile"},
+    "--profile": {"metavar": "P", "help": "name or path of a cluster's profile"},
     "--nodes": {"metavar": "N | MIN-MAX", "help": "how many nodes (default: the profile's)"},
     "--time": {"metavar": "T", "dest": "time_limit", "help": "time limit, as 90 or 12:00:00 (default: the profile's)"},
     "--chain": {"type": _positive, "metavar": "N", "help": "N jobs in a row, where a job may not requeue itself"},

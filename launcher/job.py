@@ -410,7 +410,8 @@ def step_command(job: Mapping[str, Any], run_dir: Path, part: str, num_nodes: in
         command += [container["command"], "exec", *(["--nv"] if profile["gpus"] else []), *binds, container["image"]]
     module = ["bigbatch.recipes.core.node_check"] if part == "check" else ["bigbatch.recipes.core.worker", part]
     python = container.get("python") or job["python"]
-    return [*command, python, "-P", "-m", *module, str(run_dir)]
+    needs = [f"--{name.replace('_', '-')}={count}" for name, count in job["needs"].items()] if part == "check" else []
+    return [*command, python, "-P", "-m", *module, str(run_dir), *needs]
 
 
 def _stays_out(facts: Mapping[str, str]) -> str:

@@ -266,8 +266,13 @@ def _devices(config: RunConfig, deepspeed: dict[str, Any]) -> Iterator[Finding]:
     if config.optimizer.name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         advice = "install bigbatch[low-bit], or take adamw"
         yield Finding("optimizer", "error", "optimizer.name", "adamw_8bit needs bitsandbytes", advice)
-    if any(Path("/dev").glob("nvidia[0-9]*")):
-        return
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        yield from without_gpu(config, deepspeed)
+
+
+def without_gpu(config: RunConfig, deepspeed: dict[str, Any]) -> Iterator[Finding]:
+    """Name what needs a GPU, or does better on one."""
+    zero = deepspeed.get("zero_optimization", {})
     if config.precision.dtype == "fp16":
         message = "there is no NVIDIA GPU here, and few CPUs can do fp16"
         yield Finding("device", "warning", "precision.dtype", message, "take bf16")

@@ -18,6 +18,7 @@ from bigbatch.launcher.cards import GIB, Card, card_names, find_card
 from bigbatch.launcher.lead import lead_seconds
 from bigbatch.launcher.memory import CPU_FRAMEWORK_BYTES, predict_memory
 from bigbatch.launcher.preflight import (
+    NEEDS_GPU,
     RUNS,
     Finding,
     amount,
@@ -26,6 +27,7 @@ from bigbatch.launcher.preflight import (
     existing_folder,
     in_order,
     parameters_of,
+    without_gpu,
 )
 from bigbatch.launcher.prepared import find_prepared
 from bigbatch.launcher.problems import InvalidDocumentError
@@ -130,6 +132,9 @@ def check_on(asked: Asked) -> list[Finding]:
     """Check a resolved run for the nodes of a profile: the gravest findings first."""
     findings = check(asked.resolved, asked.ranks, asked.run_dir, is_here=False)
     wrong = {finding.rule for finding in findings if finding.severity == "error"}
+    if asked.profile.gpus is None:
+        for finding in without_gpu(asked.resolved.config, asked.resolved.deepspeed):
+            findings.append(finding._replace(severity="error") if finding.rule == NEEDS_GPU else finding)
     findings += [*_range(asked), *_scratch(asked), *_prepared(asked), *_offline(asked)]
     if not wrong & {"batch", "tokenizer", "weights"}:
         findings += [*_memory_and_time(asked), *_room(asked)]

@@ -10,11 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigbatch.launcher import preflight, slurm_client
+from bigbatch.launcher import slurm_client
 from bigbatch.launcher.begin import document_of, refuse, set_up
 from bigbatch.launcher.documents import read_json
 from bigbatch.launcher.lead import lead_seconds
 from bigbatch.launcher.node_memory import bad_nodes
+from bigbatch.launcher.preflight import checkpoint_needs, parameters_of
+from bigbatch.launcher.preflight_cluster import ask, check_on
 from bigbatch.launcher.problems import shown
 from bigbatch.launcher.profiles import NodeRange, Profile, node_range, parse_profile, time_limit_seconds
 from bigbatch.launcher.resolve import Resolved, resolve
@@ -142,10 +144,7 @@ def make_plan(run: str, profile: Profile, wanted: Wanted) -> Plan:
             reason = error
     if reason and not documents:
         raise reason
-    findings = preflight.check(resolved, max(documents) * profile.ranks_a_node)
-    if profile.gpus:  # whatever this host lacks
-        findings = [finding for finding in findings if finding.rule not in ("device", preflight.NEEDS_GPU)]
-    refuse(findings)
+    refuse(check_on(ask(resolved, profile, wanted.nodes, wanted.time_limit, wanted.run_dir)))
     return Plan(resolved, profile, nodes, time_limit, documents)
 
 
@@ -221,6 +220,7 @@ def _write(folder: RunDir, plan: Plan, wanted: Wanted, sweep: dict[str, Any] | N
         "plans": plan.documents,
         "time_limit": plan.time_limit,
         "lead_seconds": request.lead_seconds,
+        "needs": _needs(plan),
         "python": request.python,
         "exclude": request.exclude,
         "chain": wanted.chain,
@@ -233,6 +233,13 @@ def _write(folder: RunDir, plan: Plan, wanted: Wanted, sweep: dict[str, Any] | N
     script = folder.path / "job.sbatch"
     script.write_text(render(plan.profile, request), encoding="utf-8")
     return script
+
+
+def _needs(plan: Plan) -> dict[str, int]:
+    """Return what the check of the nodes compares their storage with."""
+    parameters = parameters_of(plan.resolved.config)
+    ranks = max(plan.documents) * plan.profile.ranks_a_node
+    return checkpoint_needs(plan.resolved.config, parameters, ranks)._asdict() if parameters else {}
 
 
 def _send(run_dir: Path, script: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from bigbatch.recipes.core import node_probes
 from bigbatch.recipes.core.arguments import Parser
-from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, one_line
+from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError, one_line
 from bigbatch.recipes.core.heartbeat import launch_id
 from bigbatch.recipes.core.node_probes import Defect, Needs, Written
 from bigbatch.recipes.core.slurm_ranks import join_step
@@ -84,7 +84,11 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=0)
     options = parser.parse_args(arguments)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that is gone is told of here, in a line
-    join_step()
+    try:
+        join_step()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     facts, limits = read_facts(), Limits(options.arrive_seconds, options.check_seconds)
     needs = Needs(*(getattr(options, name) for name in Needs._fields))
     verdict = take_part(options.run_dir, facts, limits, needs)

@@ -91,6 +91,12 @@ def test_predicted_memory_is_compared_with_the_cards():
     assert told(wrong, "memory")[0].startswith("error profile.gpus.card: found 'A1000'; there are: V100")
 
 
+def test_what_needs_a_gpu_is_refused_on_nodes_without():
+    quantized = ["deepspeed=zero3_quantized", "parallel.zero_stage=null", "precision.dtype=fp16"]
+    assert told(findings_of({}, *quantized), "gpu")[0].startswith("error zero_optimization.zero_quantized_")
+    assert told(findings_of(GPUS, *quantized), "gpu", "device") == []
+
+
 def test_the_copies_of_asynchronous_saves_have_to_fit_in_the_memory_asked_for():
     findings = findings_of(GPUS | {"memory": "10G"}, "parallel.zero_stage=null", run="gpt/7b", nodes="8")
     assert told(findings, "host-memory")[0].endswith("and 10 are asked")
