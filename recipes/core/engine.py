@@ -91,6 +91,9 @@ class Engine:
         if is_replicated(self.deepspeed):
             self._divided = {fragment.flat for fragment in self.fragments() if fragment.share or fragment.is_expert}
             self.optimizer.register_step_pre_hook(self._clip_float32_gradients)
+        self.before_change: Callable[[], None] = lambda: None
+        """Called before masters or optimizer state change, several times a step."""
+        self.optimizer.register_step_pre_hook(lambda *_: self.before_change())
         self.local = LocalSgd(config, mesh, self.fragments, self.write_back) if is_local else None
         """What a rank that trains alone has of the others."""
         if isinstance(self.optimizer, Lamb):
@@ -120,7 +123,10 @@ class Engine:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Have the same weights on all data ranks for a while. Collective: every rank must call it."""
-        return self.local.averaged() if self.local else nullcontext()
+        if not self.local:
+            return nullcontext()
+        self.before_change()
+        return self.local.averaged()
 
     @property
     def loss_scaler(self) -> Any:
@@ -156,6 +162,7 @@ class Engine:
         total, squares = self.mesh.sum(loss_sum, norm * norm)
         if self.local:
             norm = math.sqrt(squares / self.mesh.data_ranks)
+            self.before_change()  # a step that was skipped has not called it
             self.local.after_step(step)
         loss_mean = total / max(1, num_targets)
         skipped = not (math.isfinite(norm) and math.isfinite(loss_mean))

@@ -1,17 +1,20 @@
 """Saves that a run does not wait for: the checkpoint's transaction over a copy of the state, in a thread.
 
-A step waits for the copy alone. The thread's agreements with the other ranks' go over a group of processes of its own:
-they never meet those of training in a queue, and a commit waits for no step. A failure is told at the next step's own
-agreement, so that all ranks leave training at the same one.
+The copy too is made behind: nothing of the state changes before the next update of the weights, and that alone waits
+for the copy (Engine.before_change). The thread's agreements with the other ranks' go over a group of processes of its
+own: they never meet those of training in a queue, and a commit waits for no step. A failure is told at the next step's
+own agreement, so that all ranks leave training at the same one.
 """
 
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -43,8 +46,10 @@ class _UnderWay:
 
     step: int
     begin: float
-    stall_seconds: float
-    outcome: Future[tuple[Path, float]]
+    copied: Event = field(default_factory=Event)
+    """The copy is made, or has failed."""
+    stall_seconds: float = 0.0
+    outcome: Future[tuple[Path, float]] = field(default_factory=Future)
 
 
 class Saver:
@@ -62,6 +67,8 @@ class Saver:
             group = dist.new_group(backend="gloo", timeout=timedelta(hours=AGREEMENT_HOURS))
             self._first_text = lambda text: _first_text(text, mesh, group)
             self._thread = ThreadPoolExecutor(1, "checkpoint")
+            self._stream = torch.cuda.Stream(mesh.device) if mesh.device.type == "cuda" else None
+            engine.before_change = self.wait_for_copy
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -82,8 +89,8 @@ class Saver:
     def save(self, state: dict[str, Any]) -> None:
         """Save, when the save before is done; raise what that one failed of.
 
-        Asynchronously it returns as soon as the state is copied: the weights may then change. Collective: every rank
-        must call it.
+        Asynchronously it returns at once, and the engine's next change of the weights waits for the copy of the state.
+        Collective: every rank must call it.
         """
         self.wait()
         begin = time.perf_counter()
@@ -92,9 +99,11 @@ class Saver:
             seconds = time.perf_counter() - begin
             self._tell(Saved(state["step"], folder, seconds, seconds))
             return
-        state = {**state, **engine_state(self._engine)}
-        outcome = self._thread.submit(self._write, self._snapshot(), state)
-        self._under_way = _UnderWay(state["step"], begin, time.perf_counter() - begin, outcome)
+        state, parts = {**state, **engine_state(self._engine)}, list(owned(self._engine, self._mesh))
+        self._under_way = under_way = _UnderWay(state["step"], begin)
+        ready = torch.cuda.current_stream().record_event() if self._stream else None
+        under_way.outcome = self._thread.submit(self._copy_and_write, parts, state, ready, under_way.copied)
+        under_way.stall_seconds = time.perf_counter() - begin
 
     def poll(self) -> None:
         """Tell of the save under way if it is committed."""
@@ -118,13 +127,33 @@ class Saver:
         # A thread that waits wakes up a little after the commit.
         self._tell(Saved(under_way.step, folder, stall_seconds, max(end - under_way.begin, stall_seconds)))
 
-    def _snapshot(self) -> list[Part]:
+    def wait_for_copy(self) -> None:
+        """Have the state copied, so that it may change."""
+        under_way = self._under_way
+        if under_way and not under_way.copied.is_set():
+            begin = time.perf_counter()
+            under_way.copied.wait()
+            under_way.stall_seconds += time.perf_counter() - begin
+
+    def _copy_and_write(
+        self, parts: list[Part], state: dict[str, Any], ready: Any, copied: Event
+    ) -> tuple[Path, float]:
+        try:
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                if self._stream:
+                    self._stream.wait_event(ready)
+                parts = self._snapshot(parts)
+        finally:
+            copied.set()
+        folder = write(self._run_dir, self._engine.config, self._mesh, self._first_text, parts, state)
+        return folder, time.perf_counter()
+
+    def _snapshot(self, parts: list[Part]) -> list[Part]:
         """Copy what this rank writes into host memory that stays for the next time; pinned where a GPU copies."""
-        parts, on_gpu = list(owned(self._engine, self._mesh)), self._mesh.device.type == "cuda"
         size, end = sum(part.values.numel() for part in parts), 0
         if self._buffer.numel() != size:
             self._buffer = torch.empty(0)  # gone before the next one comes
-            self._buffer = torch.empty(size, pin_memory=on_gpu)
+            self._buffer = torch.empty(size, pin_memory=self._stream is not None)
         copies = list(parts)
         for run in _side_by_side(parts):
             first = end
@@ -134,13 +163,9 @@ class Saver:
                 end += length
             source = parts[run[0]].values.as_strided((end - first,), (1,))
             self._buffer[first:end].copy_(source, non_blocking=True)
-        if on_gpu:
-            torch.cuda.synchronize()
+        if self._stream:
+            self._stream.synchronize()
         return copies
-
-    def _write(self, parts: list[Part], state: dict[str, Any]) -> tuple[Path, float]:
-        folder = write(self._run_dir, self._engine.config, self._mesh, self._first_text, parts, state)
-        return folder, time.perf_counter()
 
 
 def _side_by_side(parts: list[Part]) -> list[list[int]]:

@@ -23,6 +23,7 @@ from torch import nn
 from toy import Toy, loss, make_config
 
 from bigbatch.recipes.core import checkpoint, runtime, tensor_file
+from bigbatch.recipes.core.batch import plan_batch
 from bigbatch.recipes.core.engine import Engine
 from bigbatch.recipes.core.engine_config import complete
 from bigbatch.recipes.core.errors import UserError
@@ -363,6 +364,56 @@ def behind(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
     }
 
 
+def copied_late(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
+    """Save behind steps whose forward and backward pass is over before the state is copied, under every stage.
+
+    Tell in what order things came, and which tensors are not those of a save that was waited for before.
+    """
+    results = {}
+    stages: list[dict[str, Any]] = [{"zero_stage": stage} for stage in range(4)]
+    for parallel in (*stages, {"zero_stage": 0, "sync": "local_sgd", "local_sgd": {"every_steps": 2}}):
+        for dtype in ("fp32", "bf16"):
+            config = make_config({"parallel": parallel, "precision": {"dtype": dtype}})
+            engine = Engine(Toy(), config, complete(config, {}, mesh.data_ranks), mesh)
+            take_step(engine, mesh, 0)
+            name = "_".join(map(str, (parallel.get("sync", parallel["zero_stage"]), dtype)))
+            before, behind = run_dir / f"{name}_before", run_dir / f"{name}_behind"
+            checkpoint.save(before, engine, mesh, {"step": 3})
+            order, losses = [], plan_batch(config.batch, mesh.data_ranks).accumulation_steps
+            with Saver(behind, engine, mesh, lambda saved: None) as saver:
+                copy = saver._snapshot
+
+                def copy_late(parts, copy=copy, order=order, losses=losses):
+                    while order.count("loss") < losses:
+                        time.sleep(0.01)
+                    time.sleep(0.1)
+                    order.append("copy")
+                    return copy(parts)
+
+                def watched(module, batch, order=order):
+                    order.append("loss")
+                    return loss(module, batch)
+
+                saver._snapshot = copy_late
+                saver.save({"step": 3})
+                order.append("saved")
+                batches, num_targets = own_batches(config, mesh, 1, 1.0)
+                engine.train_step(1, batches, watched, num_targets)
+                order.append("step")
+            readers = [checkpoint.Reader(checkpoint.checkpoint_dir(folder, 3)) for folder in (before, behind)]
+            results[name] = {
+                "order": list(dict.fromkeys(order)),
+                "kinds": sorted(readers[1].kinds()),
+                "different": [
+                    f"{kind}/{tensor}"
+                    for tensor in readers[0].tensors
+                    for kind in readers[0].kinds()
+                    if not torch.equal(*(reader.read(tensor, kind) for reader in readers))
+                ],
+            }
+    return results
+
+
 def failing_behind(run_dir: Path, mesh: Mesh) -> dict[str, Any]:
     """Save behind where a file stands in the way; see it failed without asking, then be told, then save elsewhere."""
     in_turn(mesh, lambda: checkpoint.checkpoint_dir(run_dir, 3).write_text("in the way"))
@@ -429,6 +480,7 @@ def scenarios() -> dict[str, Callable[[Path, Mesh], dict[str, Any]]]:
         "file_size_limit": limited,
         "file_in_the_way": file_in_the_way,
         "behind": behind,
+        "copied_late": copied_late,
         "failing_behind": failing_behind,
         "failing_run": failing_run,
         "opens": opens,

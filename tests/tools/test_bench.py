@@ -140,10 +140,10 @@ def test_saves_are_measured_in_turns_of_a_run_whose_data_are_not_there(document,
     decoder = recipe.build_model(GptConfig.model_validate_json(document.read_text()), {"vocabulary_size": 300})
     assert measured["bytes"] == 12 * sum(parameter.numel() for parameter in decoder.parameters())
     seconds = measured["seconds"]
-    assert len(seconds) == 6
+    assert len(seconds) == 7
     assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
-    behind = zip(seconds[bench_checkpoint.STALL], seconds[bench_checkpoint.BEHIND], strict=True)
-    assert all(stall < whole for stall, whole in behind)
+    parts = (seconds[name] for name in (bench_checkpoint.STALL, bench_checkpoint.COPIED, bench_checkpoint.BEHIND))
+    assert all(stall < copied < whole for stall, copied, whole in zip(*parts, strict=True))
     for row in measured["ratios"]:
         a, b = (np.array(seconds[row[side]]) for side in ("name", "over"))
         assert row["ratio"] == pytest.approx(np.median(a / b))

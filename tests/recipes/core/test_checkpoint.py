@@ -357,6 +357,16 @@ def test_a_save_behind_holds_the_state_of_its_moment_though_steps_go_on(ranks, f
 
 
 @pytest.mark.parametrize("ranks", RANKS)
+def test_the_copy_of_a_save_behind_is_awaited_by_the_next_update_alone_at_every_stage(ranks, faults):
+    results = faults(ranks, "copied_late")[0]
+    assert len(results) == 10
+    for name, result in results.items():
+        assert result["order"] == ["saved", "loss", "copy", "step"], name
+        assert result["different"] == [], name
+        assert {"exp_avg", "exp_avg_sq"} <= {kind.partition("@")[0] for kind in result["kinds"]}, name
+
+
+@pytest.mark.parametrize("ranks", RANKS)
 def test_a_save_that_fails_behind_is_known_on_every_rank_and_raised_by_the_next(ranks, faults):
     result = faults(ranks, "failing_behind")[0]
     assert result["seen"]
