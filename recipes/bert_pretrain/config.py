@@ -41,7 +41,7 @@ class FillSection(Section):
 class BertPretrainConfig(RunConfig):
     """Train an encoder to fill in masked tokens."""
 
-    axes: ClassVar[tuple[str, ...]] = ("tensor", "pipeline")
+    axes: ClassVar[tuple[str, ...]] = ("tensor", "pipeline", "sequence")
     recipe: Literal["bert_pretrain"] = "bert_pretrain"
     model: EncoderSection = EncoderSection()
     data: TokenDataSection

@@ -63,10 +63,15 @@ def open_data(config: BertPretrainConfig) -> DataSplits:
 
 
 def build_model(
-    config: BertPretrainConfig, facts: dict[str, Any], initialize: bool = True, tensor: Axis = ALONE
+    config: BertPretrainConfig,
+    facts: dict[str, Any],
+    initialize: bool = True,
+    tensor: Axis = ALONE,
+    sequence: Axis = ALONE,
 ) -> MaskedLanguageModel:
     """Build the encoder and its heads: first weights, or those of a Hugging Face folder."""
-    model = MaskedLanguageModel(config.model, facts["vocabulary_size"], config.sentence_task != "none", tensor)
+    has_pairs = config.sentence_task != "none"
+    model = MaskedLanguageModel(config.model, facts["vocabulary_size"], has_pairs, tensor, sequence)
     if initialize and config.model.initialize_from:
         load_hugging_face(model, Path(config.model.initialize_from))
     return model

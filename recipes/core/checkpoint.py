@@ -32,7 +32,7 @@ from bigbatch.recipes.core.fragments import Fragment, is_replicated
 from bigbatch.recipes.core.layout import Share, copy_overlap, logical_shapes, rectangles, share_of
 from bigbatch.recipes.core.local_sgd import ANCHOR, MOMENTUM
 from bigbatch.recipes.core.optim import set_state, state_keys
-from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.parallel import ALONE, Mesh
 from bigbatch.recipes.core.tensor_file import (
     Entry,
     TensorFile,
@@ -128,16 +128,17 @@ def _piece(shard: str, part: Part) -> list[Any]:
 def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
     """Yield what this rank writes, float32, as views where it is that.
 
-    Of what all data ranks have (stage 0) each takes a part; what all tensor ranks have is the first one's, and what two
-    stages of a pipeline have is the first stage's. Where data ranks train alone, each writes its own.
+    Of what all ranks of ZeRO have (stage 0) each takes a part; what all tensor ranks have is the first one's, and what
+    two stages of a pipeline have is the first stage's. Where data ranks train alone, each writes its own, a part of it
+    each of its sequence ranks.
     """
+    is_everywhere, local = is_replicated(engine.deepspeed), engine.local
 
     def taken(fragment: Fragment, kind: str, values: torch.Tensor, is_everywhere: bool) -> Iterator[Part]:
-        begin, end = 0, values.numel()
-        if is_everywhere:
-            size = mesh.expert.size if fragment.is_expert else 1
-            count, rank = mesh.data_ranks // size, mesh.data_rank // size
-            begin, end = end * rank // count, end * (rank + 1) // count
+        sharing = mesh.zero if is_everywhere else mesh.sequence if local else ALONE
+        size = mesh.expert.size if is_everywhere and fragment.is_expert else 1
+        count, rank = sharing.size // size, sharing.rank // size
+        begin, end = values.numel() * rank // count, values.numel() * (rank + 1) // count
         if begin < end:
             start, values = fragment.start + begin, values[begin:end].float()
             yield Part(fragment.name, fragment.shape, kind, start, values, fragment.share)
@@ -145,7 +146,6 @@ def owned(engine: Engine, mesh: Mesh) -> Iterator[Part]:
     def is_own(fragment: Fragment) -> bool:
         return fragment.name not in engine.copies and (mesh.tensor.rank == 0 or fragment.share is not None)
 
-    is_everywhere, local = is_replicated(engine.deepspeed), engine.local
     own = f"@{mesh.data_rank}" if local else ""
     master = MASTER if local is None or local.is_met else MASTER + own
     for fragment in filter(is_own, engine.fragments()):
@@ -170,7 +170,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
     mesh, stage = engine.mesh, engine.deepspeed.zero_optimization_stage()
     state: dict[str, Any] = {"zero_stage": stage, "ranks": mesh.world_size}
     state |= {"tensor_ranks": mesh.tensor.size, "pipeline_ranks": mesh.pipeline.size}
-    state |= {"expert_ranks": mesh.expert.size}
+    state |= {"sequence_ranks": mesh.sequence.size, "expert_ranks": mesh.expert.size}
     steps = [float(value["step"]) for value in engine.optimizer.state.values() if "step" in value]
     if engine.local:
         state["local_ranks"] = mesh.data_ranks

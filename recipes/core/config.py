@@ -141,6 +141,9 @@ class ParallelSection(Section):
     expert: PositiveInt = 1
     """Data ranks that share out a mixture's experts (https://arxiv.org/abs/2006.16668): tokens travel to the rank that
     has their expert. Divides the data ranks and `model.num_experts`. ZeRO stages 0 to 2."""
+    sequence: PositiveInt = 1
+    """Ranks that share the tokens of each row; attention exchanges them for shares of the heads (DeepSpeed Ulysses).
+    For rows too long for the activations of one rank."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """ZeRO stage; by default the DeepSpeed document's, else 0 or 1 as `sync` asks."""
     sync: Literal["all_reduce", "ring", "sharded", "local_sgd"] | None = None

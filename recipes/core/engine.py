@@ -17,6 +17,7 @@ from torch import nn
 
 from bigbatch.recipes.core.batch import plan_batch
 from bigbatch.recipes.core.config import RunConfig
+from bigbatch.recipes.core.engine_config import deepspeed_batch_size
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.fragments import (
     Fragment,
@@ -115,7 +116,7 @@ class Engine:
 
     def frozen(self) -> list[Fragment]:
         """List this rank's pieces of the weights that are not trained, in their working format."""
-        return frozen(self.module, self.mesh.data_rank)
+        return frozen(self.module, self.mesh.zero.rank)
 
     def write_back(self) -> None:
         """Bring the working weights up to date with restored masters. Collective: every rank must call it."""
@@ -147,15 +148,15 @@ class Engine:
         engine = self.deepspeed
         engine.train()
         plan = plan_batch(self.config.batch, self.mesh.data_ranks, step)
-        size = plan.global_size // (plan.data_ranks if self.local else 1)
+        size = deepspeed_batch_size(self.config, plan)
         if engine.train_batch_size() != size:
             engine.set_train_batch_size(size)
         rate = self.config.optimizer.learning_rate * learning_rate_factor(self.config.schedule, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         scale = self.loss_scale
-        # DeepSpeed averages over data ranks; multiplied back, the gradient is that of sum / num_targets.
-        factor = self.mesh.data_ranks / max(1, num_targets)
+        # DeepSpeed averages over data and sequence ranks; multiplied back, the gradient is that of sum / num_targets.
+        factor = self.mesh.zero.size / max(1, num_targets)
         run = self._run_stage if self.stage else self._run_micro_batches
         loss_sum = run(step, batches, loss, factor)
         norm = self._grad_norm()
@@ -182,7 +183,7 @@ class Engine:
             loss_sum += result.sum.detach().double()
             own_targets += result.num_targets
             if self.local and index == len(batches) - 1:
-                self._own_factor = 1 / (factor * max(1, own_targets))
+                self._own_factor = self.mesh.sequence.size / (factor * max(1, own_targets))
                 gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
                 spread_failure(gradients, self.mesh)
             engine.step()
@@ -209,10 +210,10 @@ class Engine:
     def _seed(self, step: int, index: int) -> None:
         """Let dropout be a function of (seed, step, micro-batch, data rank): a resume needs no saved generator.
 
-        Tensor ranks drop the same of what is replicated, stages of a pipeline each their own.
+        Tensor ranks drop the same of what is replicated, stages of a pipeline and sequence ranks each their own.
         """
-        stage = (self.mesh.pipeline.rank,) if self.mesh.pipeline.rank else ()
-        torch.manual_seed(mix(self.config.seed, step, index, self.mesh.data_rank, *stage))
+        part = self.mesh.pipeline.rank or self.mesh.sequence.rank  # no plan has both
+        torch.manual_seed(mix(self.config.seed, step, index, self.mesh.data_rank, *((part,) if part else ())))
 
     @property
     def loss_scale(self) -> float:
@@ -229,7 +230,7 @@ class Engine:
     def _sum_squares(self, squares: torch.Tensor) -> None:
         """Add up sums of squares [..., parameter] over the ranks that hold pieces, each piece once."""
         if not is_replicated(self.deepspeed):
-            self.mesh.sum_in_place(squares)
+            self.mesh.zero.sum_in_place(squares)
         if self.mesh.tensor.size > 1:
             if self.mesh.tensor.rank > 0:
                 here = logical_parameters(self.module)
@@ -269,12 +270,15 @@ class Engine:
 def _model_parallel_unit(mesh: Mesh, is_local: bool = False) -> Any:
     """Answer what DeepSpeed asks a Megatron about the groups; None without tensor ranks.
 
-    `is_local`: this rank is to have no other data ranks.
+    It takes sequence ranks for data ranks: told of them, it adds up their gradients at stages 0 to 2, and averages them
+    at stage 3 (0.19.8). `is_local`: this rank is to have no data ranks but these.
     """
     if mesh.tensor.size == 1 and not is_local:
         return None
     alone: Any = dist.new_group([mesh.rank], use_local_synchronization=True) if is_local else None
-    data = Axis(group=alone) if is_local else Axis(mesh.data_rank, mesh.data_ranks, mesh.data_group)
+    data = mesh.zero
+    if is_local:
+        data = mesh.sequence if mesh.sequence.size > 1 else Axis(group=alone)
     answers = {
         "model_parallel_rank": mesh.tensor.rank,
         "model_parallel_world_size": mesh.tensor.size,
@@ -287,14 +291,14 @@ def _model_parallel_unit(mesh: Mesh, is_local: bool = False) -> Any:
 
 
 def partitioned_building(document: dict[str, Any], mesh: Mesh) -> AbstractContextManager[None]:
-    """Within it, at stage 3, each layer's weights are divided over the data ranks as soon as they are drawn.
+    """Within it, at stage 3, each layer's weights are divided over the ranks of ZeRO as soon as they are drawn.
 
     So no rank ever holds the whole model. Collective: every rank must build the same model in it.
     """
     if document["zero_optimization"]["stage"] < 3:
         return nullcontext()
     refuse_quantized_communication(document, mesh.device)
-    groups = {"data_parallel_group": mesh.data_group, "mpu": _model_parallel_unit(mesh)}
+    groups = {"data_parallel_group": mesh.zero_group, "mpu": _model_parallel_unit(mesh)}
     return import_deepspeed().zero.Init(config_dict_or_path=document, **groups)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bigbatch.recipes.core.batch import check_batch
+from bigbatch.recipes.core.batch import BatchPlan, check_batch
 from bigbatch.recipes.core.config import PrecisionSection, RunConfig
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.plan import Job, make_plan
@@ -41,7 +41,8 @@ def contradicts_sync(config: RunConfig, stage: int) -> str:
 
 def count_data_ranks(config: RunConfig, num_ranks: int) -> int:
     """Return how many of this many ranks share the batch."""
-    return num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+    parallel = config.parallel
+    return num_ranks // (parallel.tensor * parallel.pipeline * parallel.sequence)
 
 
 def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
     """
     stage = zero_stage(config, native)
     has_experts = getattr(getattr(config, "model", None), "num_experts", 1) > 1
-    if has_experts or config.parallel.tensor * config.parallel.pipeline * config.parallel.expert > 1:
+    if has_experts or config.parallel.expert > 1 or count_data_ranks(config, num_ranks) < num_ranks:
         _check_plan(config, native, num_ranks, stage)
     quantizes = native.get("zero_optimization", {}).get("zero_quantized_gradients")
     if quantizes and "fp16" not in (config.precision.dtype, native.get("communication_data_type")):
@@ -61,8 +62,7 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
     plan = check_batch(config.batch, count_data_ranks(config, num_ranks))
     return {
         **native,
-        # Under local SGD each data rank is a run of its own to DeepSpeed.
-        "train_batch_size": plan.global_size // (plan.data_ranks if config.parallel.sync == "local_sgd" else 1),
+        "train_batch_size": deepspeed_batch_size(config, plan),
         "train_micro_batch_size_per_gpu": plan.micro_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
         # At stage 0 DeepSpeed takes the norm of the low-precision gradients; the engine clips the float32 ones itself.
@@ -75,14 +75,22 @@ def complete(config: RunConfig, native: dict[str, Any], num_ranks: int) -> dict[
     }
 
 
+def deepspeed_batch_size(config: RunConfig, plan: BatchPlan) -> int:
+    """Return the batch as DeepSpeed counts it: sequence ranks are data ranks to it, under local SGD each rank a run."""
+    size = plan.global_size * config.parallel.sequence
+    return size // plan.data_ranks if config.parallel.sync == "local_sgd" else size
+
+
 def _check_plan(config: RunConfig, native: dict[str, Any], num_ranks: int, stage: int) -> None:
     """Refuse a plan that the model does not allow; of the vocabulary, which may not be known yet, the model speaks."""
     model, parallel = getattr(config, "model", None) if config.axes else None, config.parallel
     if parallel.pipeline > 1 and parallel.sync not in (None, "sharded"):
         message = f"{parallel.sync} does not go with parallel.pipeline {parallel.pipeline}, which is at ZeRO stage 1"
         raise UserError("parallel.sync", f"{message}; right would be sharded")
-    job = Job(model, 0, 1, config.batch, config.axes)
-    make_plan(job, num_ranks, parallel.tensor, parallel.pipeline, zero_stage=stage, expert=parallel.expert)
+    length = getattr(getattr(config, "data", None), "sequence_length", 1)
+    job = Job(model, 0, length, config.batch, config.axes)
+    degrees = parallel.tensor, parallel.pipeline, parallel.sequence
+    make_plan(job, num_ranks, *degrees, zero_stage=stage, expert=parallel.expert)
     if parallel.pipeline > 1:
         _check_pipeline(config, native)
     if getattr(model, "num_experts", 1) > 1:
@@ -90,7 +98,8 @@ def _check_plan(config: RunConfig, native: dict[str, Any], num_ranks: int, stage
     size = native.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     if size > 1:  # DeepSpeed lays it over neighbours (utils/groups.py), which hold different weights here
         where = "deepspeed.zero_optimization.zero_hpz_partition_size"
-        raise UserError(where, f"{size} does not go with parallel.tensor {config.parallel.tensor}; right would be 1")
+        axis = next(axis for axis in ("tensor", "pipeline", "sequence") if getattr(parallel, axis) > 1)
+        raise UserError(where, f"{size} does not go with parallel.{axis} {getattr(parallel, axis)}; right would be 1")
 
 
 def _check_pipeline(config: RunConfig, native: dict[str, Any]) -> None:

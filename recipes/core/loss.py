@@ -76,6 +76,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight = product.to(loss.dtype) if grad_weight is None else grad_weight.add_(product)
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=loss.dtype)
+        if wants_weight and grad_weight is None:  # a sequence rank may have no target; ZeRO waits for every gradient
+            grad_weight = torch.zeros_like(weight, dtype=loss.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden.dtype
         return loss

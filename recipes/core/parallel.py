@@ -37,9 +37,9 @@ ALONE = Axis()
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place among the ranks of the run: tensor ranks are neighbours, each line of them a data rank.
+    """This process's place among the ranks of the run: tensor ranks are neighbours, then sequence ranks.
 
-    Behind each other stand the pipeline's stages, each with all its data ranks.
+    All of these together are a data rank; behind each other stand the pipeline's stages, each with all its data ranks.
     """
 
     rank: int
@@ -48,28 +48,38 @@ class Mesh:
     tensor: Axis = ALONE
     """The ranks that hold the parts of one model."""
     data_group: dist.ProcessGroup | None = None
-    """The ranks that hold the same parts as this one; None: all."""
+    """The ranks that hold the same parts as this one, and of other samples the same tokens; None: all."""
     pipeline: Axis = ALONE
     """The stages of one model."""
     pipeline_ends: dist.ProcessGroup | None = None
     """The first and the last stage, for those two."""
+    sequence: Axis = ALONE
+    """The ranks that share the tokens of each row."""
+    zero_group: dist.ProcessGroup | None = None
+    """The ranks that hold the same parts as this one, whatever tokens they have; None: all."""
     expert: Axis = ALONE
     """The neighbouring data ranks that have all experts of a mixture between them."""
 
     @property
     def data_rank(self) -> int:
         """Which share of the batch this rank takes."""
-        return self.rank // self.tensor.size % self.data_ranks
+        return self.rank // self.tensor.size // self.sequence.size % self.data_ranks
 
     @property
     def data_ranks(self) -> int:
         """How many ranks share the batch."""
-        return self.world_size // self.tensor.size // self.pipeline.size
+        return self.world_size // self.tensor.size // self.sequence.size // self.pipeline.size
+
+    @property
+    def zero(self) -> Axis:
+        """The ranks that share the state of the same weights: those of the data and the sequence axis."""
+        size = self.sequence.size
+        return Axis(self.data_rank * size + self.sequence.rank, self.data_ranks * size, self.zero_group)
 
     @property
     def counts(self) -> bool:
         """Whether this rank speaks for its data rank in sums: its last stage does, where the loss is."""
-        return self.tensor.rank == 0 and self.pipeline.rank == self.pipeline.size - 1
+        return self.tensor.rank == self.sequence.rank == 0 and self.pipeline.rank == self.pipeline.size - 1
 
     @property
     def is_writer(self) -> bool:
@@ -127,20 +137,24 @@ class Mesh:
 
 def build_mesh(rank: int, plan: ParallelPlan, device: torch.device) -> Mesh:
     """Make the groups of a plan. Collective: every rank must call it."""
-    if plan.tensor == plan.pipeline == 1:
+    if plan.tensor == plan.pipeline == plan.sequence == 1:
         expert = ALONE
         if plan.expert > 1:
             expert = Axis(rank % plan.expert, plan.expert, _group_of(rank, plan.expert_groups()))
         return Mesh(rank, plan.world_size, device, expert=expert)
     place = plan.coordinates(rank)
-    data, tensor, pipeline, ends = _group_of(rank, plan.groups("data")), ALONE, ALONE, None
+    data, tensor, pipeline, ends, sequence = _group_of(rank, plan.groups("data")), ALONE, ALONE, None, ALONE
+    zero = data
+    if plan.sequence > 1:
+        sequence = Axis(place.sequence, plan.sequence, _group_of(rank, plan.groups("sequence")))
+        zero = _group_of(rank, plan.groups("data", "sequence"))
     if plan.tensor > 1:
         tensor = Axis(place.tensor, plan.tensor, _group_of(rank, plan.groups("tensor")))
     if plan.pipeline > 1:
         stages = plan.groups("pipeline")
         pipeline = Axis(place.pipeline, plan.pipeline, _group_of(rank, stages))
         ends = _group_of(rank, [(ranks[0], ranks[-1]) for ranks in stages])
-    return Mesh(rank, plan.world_size, device, tensor, data, pipeline, ends)
+    return Mesh(rank, plan.world_size, device, tensor, data, pipeline, ends, sequence, zero)
 
 
 def _group_of(rank: int, groups: list[tuple[int, ...]]) -> Any:

@@ -65,7 +65,7 @@ def run_train(run: train.Run, stop: StopFlag, phase: dict[str, Any]) -> int:
     runtime.choose_algorithm(run.config.parallel.sync)
     with watched(run.run_dir, phase, limit_seconds):
         degrees = run.config.parallel
-        mesh = runtime.start_mesh(limit_seconds, degrees.tensor, degrees.pipeline, degrees.expert)
+        mesh = runtime.start_mesh(limit_seconds, degrees.tensor, degrees.pipeline, degrees.sequence, degrees.expert)
         status = train.train(run, mesh, stop, phase)
         runtime.leave_mesh(mesh)
     return status

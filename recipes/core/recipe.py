@@ -87,7 +87,9 @@ class Recipe(Protocol):
 
         Without `initialize` no file is read: the weights are about to be overwritten. Where the configuration's `axes`
         hold "tensor" or "expert", the function takes a further argument of that name (parallel.Axis), and builds that
-        rank's share.
+        rank's share; where they hold "sequence", an argument `sequence`, whose ranks divide the work of `loss` by
+        tokens: all get the same batch, and `loss` returns that of the whole batch on each, with a gradient of its own
+        part alone.
         """
         ...
 

@@ -26,7 +26,11 @@ ECHOES = ("connection closed by peer", "connection reset", "broken pipe", "timed
 
 
 def start_mesh(
-    watch_seconds: float | None = None, tensor_ranks: int = 1, pipeline_ranks: int = 1, expert_ranks: int = 1
+    watch_seconds: float | None = None,
+    tensor_ranks: int = 1,
+    pipeline_ranks: int = 1,
+    sequence_ranks: int = 1,
+    expert_ranks: int = 1,
 ) -> Mesh:
     """Join the process group that the environment describes; alone when it describes none. Collective.
 
@@ -47,8 +51,8 @@ def start_mesh(
     deepspeed = import_deepspeed()
     timeout = timedelta(seconds=max(MIN_TIMEOUT_SECONDS, 2 * (watch_seconds or 0.0)))
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timeout)
-    data_ranks = int(os.environ["WORLD_SIZE"]) // (tensor_ranks * pipeline_ranks)
-    plan = ParallelPlan(data_ranks, tensor_ranks, pipeline_ranks, expert=expert_ranks)
+    data_ranks = int(os.environ["WORLD_SIZE"]) // (tensor_ranks * pipeline_ranks * sequence_ranks)
+    plan = ParallelPlan(data_ranks, tensor_ranks, pipeline_ranks, sequence_ranks, expert=expert_ranks)
     return build_mesh(int(os.environ["RANK"]), plan, device)
 
 

@@ -115,7 +115,7 @@ def _check_figure(run: Run, data: DataSplits) -> None:
 
 def build_model(run: Run, mesh: Mesh, facts: dict[str, Any], initialize: bool) -> nn.Module:
     """Build the run's model, or this tensor or expert rank's share of it."""
-    axes = {"tensor": mesh.tensor, "expert": mesh.expert}
+    axes = {"tensor": mesh.tensor, "sequence": mesh.sequence, "expert": mesh.expert}
     divided = {name: axis for name, axis in axes.items() if axis.size > 1}
     return run.recipe.build_model(run.config, facts, initialize=initialize, **divided)
 

@@ -29,7 +29,7 @@ class SampleSection(Section):
 class GptConfig(RunConfig):
     """Train a decoder to predict the next token."""
 
-    axes: ClassVar[tuple[str, ...]] = ("tensor", "pipeline", "expert")
+    axes: ClassVar[tuple[str, ...]] = ("tensor", "pipeline", "sequence", "expert")
     recipe: Literal["gpt"] = "gpt"
     model: DecoderSection = DecoderSection()
     data: TokenDataSection

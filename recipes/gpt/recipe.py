@@ -51,10 +51,15 @@ def open_data(config: GptConfig) -> DataSplits:
 
 
 def build_model(
-    config: GptConfig, facts: dict[str, Any], initialize: bool = True, tensor: Axis = ALONE, expert: Axis = ALONE
+    config: GptConfig,
+    facts: dict[str, Any],
+    initialize: bool = True,
+    tensor: Axis = ALONE,
+    sequence: Axis = ALONE,
+    expert: Axis = ALONE,
 ) -> Decoder:
     """Build the decoder: first weights, or those of a Hugging Face folder."""
-    model = Decoder(config.model, facts["vocabulary_size"], tensor, expert)
+    model = Decoder(config.model, facts["vocabulary_size"], tensor, sequence, expert)
     if initialize and config.model.initialize_from:
         load_hugging_face(model, Path(config.model.initialize_from))
     return model

@@ -39,6 +39,12 @@ PLANS = {
     "pp4": ParallelPlan(pipeline=4),
     "dp2xpp2": ParallelPlan(data=2, pipeline=2),
     "tp2xpp2": ParallelPlan(tensor=2, pipeline=2),
+    "sp2": ParallelPlan(sequence=2),
+    "sp2_zero0": ParallelPlan(sequence=2, zero_stage=0),
+    "dp2xsp2": ParallelPlan(data=2, sequence=2, zero_stage=3),
+    "dp2xsp2_zero0": ParallelPlan(data=2, sequence=2, zero_stage=0),
+    "tp2xsp2": ParallelPlan(tensor=2, sequence=2, zero_stage=2),
+    "sp4": ParallelPlan(sequence=4),
 }
 PLANS |= {f"ep2_zero{stage}": ParallelPlan(data=2, zero_stage=stage, expert=2) for stage in range(3)}
 PLANS |= {"ep2xdp2": ParallelPlan(data=4, expert=2)}
@@ -61,6 +67,8 @@ def set_up(out: Path, case: Case) -> None:
         overrides.append(f"parallel.pipeline={plan.pipeline}")
     if plan.expert > 1:
         overrides.append(f"parallel.expert={plan.expert}")
+    if plan.sequence > 1:
+        overrides.append(f"parallel.sequence={plan.sequence}")
     if start is None and not name.endswith("_whole"):
         overrides.append(f"schedule.stop_step={HALF}")
     resolved = resolve(str(out / f"{document}.json"), overrides)

@@ -37,7 +37,8 @@ from bigbatch.recipes.core.models.config import DecoderSection, padded_vocabular
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
 from bigbatch.recipes.core.models.mixture import MixtureFeedForward
 from bigbatch.recipes.core.parallel import ALONE, Axis
-from bigbatch.recipes.core.tensor_parallel import copy_in, gather_out, own_random_numbers
+from bigbatch.recipes.core.sequence_parallel import own_tokens, to_heads, to_tokens
+from bigbatch.recipes.core.tensor_parallel import copy_in, gather_out, own_random_numbers, sum_out
 
 
 class Context(NamedTuple):
@@ -46,6 +47,7 @@ class Context(NamedTuple):
     rotary: torch.Tensor | None  # [2, B or 1, T, 1, E / 2]
     mask: torch.Tensor | None  # [B or 1, T, S], None: plain causal, or one token that may see all
     cache: "KeyValueCache | None"
+    sequence: Axis  # of the ranks that the tokens are divided over
 
 
 class Decoder(nn.Module):
@@ -54,17 +56,23 @@ class Decoder(nn.Module):
     Weights are drawn as GPT-2's: normal, those that write into the residual stream smaller by sqrt(2 * num_layers).
     `named_parameters` names a tied embedding once, `embed.tokens.weight`. Over tensor ranks each has its share of the
     heads, of the inner units and of the vocabulary, drawn as a part of the whole; hidden states and logits are
-    replicated, and every tensor rank must call the model with the same tokens. Over expert ranks each has its part of
-    the experts and its own tokens; only without labels all must call with the same.
+    replicated, and every tensor rank must call the model with the same tokens. So must every sequence rank: with labels
+    each computes its own part of the rows, and the loss is that of whole rows; without, each computes all. Over expert
+    ranks each has its part of the experts and its own tokens; only without labels all must call with the same.
     """
 
     def __init__(
-        self, section: DecoderSection, vocabulary_size: int, tensor: Axis = ALONE, expert: Axis = ALONE
+        self,
+        section: DecoderSection,
+        vocabulary_size: int,
+        tensor: Axis = ALONE,
+        sequence: Axis = ALONE,
+        expert: Axis = ALONE,
     ) -> None:
         """Build it; raise UserError where the vocabulary does not divide over the tensor ranks."""
         super().__init__()
         self.section = section
-        self.vocabulary_size, self.tensor, self.expert = vocabulary_size, tensor, expert
+        self.vocabulary_size, self.tensor, self.sequence, self.expert = vocabulary_size, tensor, sequence, expert
         self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section, tensor.size), tensor)
         self.blocks = nn.ModuleList(Block(section, index, tensor, expert) for index in range(section.num_layers))
         tied = self.embed.tokens if section.tie_embeddings else None
@@ -91,8 +99,10 @@ class Decoder(nn.Module):
             raise UserError("model.max_positions", message)
         if positions is None:
             positions = _positions(tokens, documents, cache)
-        hidden = self.embed(tokens, positions)
-        context = self._context(hidden, positions, documents, cache)
+        sequence = ALONE if labels is None else self.sequence
+        own_positions = own_tokens(positions, sequence)
+        hidden = self.embed(own_tokens(tokens, sequence), own_positions)
+        context = self._context(hidden, own_positions, documents, cache, sequence)
         for block in self.blocks:
             if self.section.recompute_activations and torch.is_grad_enabled():
                 hidden = checkpoint(block, hidden, context, use_reentrant=False)
@@ -100,9 +110,10 @@ class Decoder(nn.Module):
                 hidden = block(hidden, context)
         if cache:
             cache.length += tokens.shape[1]
-        result = self.head(hidden, labels, last_only)
         if labels is None:
+            result = self.head(hidden, None, last_only)
             return self.expert.first_in_place(result)  # ranks may round differently, and all are to write the same text
+        result = sum_out(self.head(hidden, own_tokens(labels, sequence)), sequence)
         return result + self._auxiliary_loss(labels) if self.training and self.section.num_expert_layers else result
 
     def layers(self) -> list[nn.Module]:
@@ -121,17 +132,18 @@ class Decoder(nn.Module):
         positions: torch.Tensor,
         documents: torch.Tensor | None,
         cache: "KeyValueCache | None",
+        sequence: Axis,
     ) -> Context:
         section = self.section
         rotary = None
         if section.family == "llama":
             rotary = rotary_table(positions, section.head_size, section.rope_theta, hidden.dtype)
         if cache is not None:
-            return Context(rotary, cache.mask(hidden), cache)
+            return Context(rotary, cache.mask(hidden), cache, sequence)
         if documents is None:
-            return Context(rotary, None, None)
+            return Context(rotary, None, None, sequence)
         allowed = documents.unsqueeze(1) == documents.unsqueeze(2)  # [B, T, T]
-        return Context(rotary, attention_mask(allowed.tril(), hidden.dtype), None)
+        return Context(rotary, attention_mask(allowed.tril(), hidden.dtype), None, sequence)
 
 
 class InputEmbedding(nn.Module):
@@ -202,11 +214,12 @@ class Attention(nn.Module):
             query, key, value = heads.split((self.num_heads, num_key_values, num_key_values), dim=2)
         if context.cache is not None:
             key, value = context.cache.append(self.index, key, value)
+        query, key, value = to_heads((query, key, value), context.sequence)
         is_causal = context.mask is None and query.shape[1] == key.shape[1] > 1
         dropout = self.dropout if self.training else 0.0
         with own_random_numbers(self.tensor, query.device, wanted=dropout > 0):
             mixed = attend(query, key, value, context.mask, is_causal, dropout)
-        return self.out(mixed)
+        return self.out(to_tokens(mixed, context.sequence))
 
 
 class GeluFeedForward(nn.Module):

@@ -33,7 +33,8 @@ from bigbatch.recipes.core.loss import chunked_cross_entropy
 from bigbatch.recipes.core.models.config import EncoderSection, padded_vocabulary
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
 from bigbatch.recipes.core.parallel import ALONE, Axis
-from bigbatch.recipes.core.tensor_parallel import copy_in, gather_out, own_random_numbers
+from bigbatch.recipes.core.sequence_parallel import counted_once, first_token, own_tokens, to_heads, to_tokens
+from bigbatch.recipes.core.tensor_parallel import copy_in, gather_out, own_random_numbers, sum_out
 
 
 class Context(NamedTuple):
@@ -41,6 +42,7 @@ class Context(NamedTuple):
 
     rotary: torch.Tensor | None  # [2, B or 1, T, 1, E / 2]
     mask: torch.Tensor | None  # [B, T, T], None: every token sees its whole row
+    sequence: Axis  # of the ranks that the tokens are divided over
 
 
 class MaskedLanguageModel(nn.Module):
@@ -49,13 +51,21 @@ class MaskedLanguageModel(nn.Module):
     With `has_pairs` also with the head that tells whether the two segments of a row belong together.
     `named_parameters` names the tied embedding once, `encoder.embed.tokens.weight`. Over tensor ranks each has its
     share of the heads, of the inner units and of the vocabulary, drawn as a part of the whole; all else is replicated.
+    Over sequence ranks, with labels, each computes its own part of the rows, which are the same on all of them; what it
+    returns is of whole rows.
     """
 
     def __init__(
-        self, section: EncoderSection, vocabulary_size: int, has_pairs: bool = False, tensor: Axis = ALONE
+        self,
+        section: EncoderSection,
+        vocabulary_size: int,
+        has_pairs: bool = False,
+        tensor: Axis = ALONE,
+        sequence: Axis = ALONE,
     ) -> None:
         """Build it; raise UserError where the vocabulary does not divide over the tensor ranks."""
         super().__init__()
+        self.sequence = sequence
         self.section, self.has_pairs = section, has_pairs
         self.vocabulary_size = vocabulary_size
         self.encoder = Encoder(section, vocabulary_size, tensor)
@@ -78,12 +88,20 @@ class MaskedLanguageModel(nn.Module):
 
         With pairs, also the logits [B, 2] of each row's pair: it belongs together, it does not.
         """
-        hidden = self.encoder(tokens, positions, documents, segments)
+        sequence = ALONE if labels is None else self.sequence
+        hidden = self.encoder(tokens, positions, documents, segments, sequence)
         chosen = hidden
-        if targets is not None:
+        if targets is None:
+            labels = None if labels is None else own_tokens(labels, sequence)
+        elif sequence.size == 1:
             chosen = hidden.gather(1, targets.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        filled = self.head(chosen, labels)
-        return (filled, self.pair_head(self.pooler(hidden[:, 0]))) if with_pairs else filled
+        else:
+            assert labels is not None
+            chosen, labels = _own_targets(hidden, targets, labels, sequence)
+        filled = sum_out(self.head(chosen, labels), sequence)
+        if not with_pairs:
+            return filled
+        return filled, counted_once(self.pair_head(self.pooler(first_token(hidden, sequence))), sequence)
 
     def layers(self) -> list[nn.Module]:
         """List the modules in order of use, as a pipeline divides them."""
@@ -107,8 +125,11 @@ class Encoder(nn.Module):
         positions: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
+        sequence: Axis = ALONE,
     ) -> torch.Tensor:
         """Return the hidden states [B, T, D] of tokens [B, T]; the others, each [B, T], may be left out.
+
+        Of these a sequence rank returns its own part; it gets them whole.
 
         With `documents` a token sees only the tokens of its own number, and positions start anew with each number,
         whose tokens stand side by side; `positions` overrides. Without `segments` all tokens are of the first kind.
@@ -118,8 +139,10 @@ class Encoder(nn.Module):
             raise UserError("model.max_positions", message)
         if positions is None:
             positions = count_positions(tokens, documents)
-        hidden = self.embed(tokens, positions, torch.zeros_like(tokens) if segments is None else segments)
-        context = self._context(hidden, positions, documents)
+        segments = torch.zeros_like(tokens) if segments is None else segments
+        tokens, positions, segments = (own_tokens(values, sequence) for values in (tokens, positions, segments))
+        hidden = self.embed(tokens, positions, segments)
+        context = self._context(hidden, positions, documents, sequence)
         for block in self.blocks:
             if self.section.recompute_activations and torch.is_grad_enabled():
                 hidden = checkpoint(block, hidden, context, use_reentrant=False)
@@ -127,13 +150,15 @@ class Encoder(nn.Module):
                 hidden = block(hidden, context)
         return self.norm(hidden)
 
-    def _context(self, hidden: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor | None) -> Context:
+    def _context(
+        self, hidden: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor | None, sequence: Axis
+    ) -> Context:
         section, rotary, mask = self.section, None, None
         if section.positions == "rotary":
             rotary = rotary_table(positions, section.head_size, section.rope_theta, hidden.dtype)
         if documents is not None:
             mask = attention_mask(documents.unsqueeze(1) == documents.unsqueeze(2), hidden.dtype)
-        return Context(rotary, mask)
+        return Context(rotary, mask, sequence)
 
 
 class InputEmbedding(nn.Module):
@@ -197,10 +222,11 @@ class Attention(nn.Module):
         query, key, value = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(2)
         if context.rotary is not None:
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        query, key, value = to_heads((query, key, value), context.sequence)
         dropout = self.dropout if self.training else 0.0
         with own_random_numbers(self.tensor, query.device, wanted=dropout > 0):
             mixed = attend(query, key, value, context.mask, False, dropout)
-        return self.out(mixed)
+        return self.out(to_tokens(mixed, context.sequence))
 
 
 class FeedForward(nn.Module):
@@ -257,6 +283,17 @@ class Pooler(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map the first states [..., D] of texts to [..., D]."""
         return torch.tanh(self.dense(states))
+
+
+def _own_targets(
+    hidden: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor, sequence: Axis
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states [1, N, D] and labels [1, N] of those targets [B, K] that lie in a rank's tokens [B, t, D]."""
+    num_rows, num_tokens, _ = hidden.shape
+    places = targets - sequence.rank * num_tokens
+    is_own = (places >= 0) & (places < num_tokens)
+    places = places + num_tokens * torch.arange(num_rows, device=hidden.device).unsqueeze(1)
+    return hidden.flatten(0, 1)[places[is_own]].unsqueeze(0), labels[is_own].unsqueeze(0)
 
 
 def _norm(section: EncoderSection) -> nn.LayerNorm:

@@ -214,7 +214,7 @@ def trained(run_program, tmp_path_factory):
     write("rounds", 2 * HALF, {"sync": "local_sgd", "local_sgd": {"every_steps": 2}})
     runs = [("synchronous_whole", "synchronous", "zero0x2", None), ("local_whole", "local", "zero0x2", None)]
     runs += [("rounds_whole", "rounds", "zero0x2", None), ("rounds_dp2", "rounds", "zero0x2", None)]
-    runs += [("rounds_tp2", "rounds", "dp2xtp2_zero0", None)]
+    runs += [("rounds_tp2", "rounds", "dp2xtp2_zero0", None), ("rounds_sp2", "rounds", "dp2xsp2_zero0", None)]
     runs += [("tp2_after_dp2", "rounds", "dp2xtp2_zero0", "rounds_dp2")]
     (out / "cases.json").write_text(json.dumps(runs))
     run_program("tensor_cases.py", out)
@@ -232,8 +232,9 @@ def test_sixty_steps_in_rounds_of_ten_come_near_synchronous_ones(trained):
     assert synchronous["loss"] < rows(trained / "local_whole", "train")[0]["loss"] / 2
 
 
-def test_a_rank_that_trains_alone_may_be_several_tensor_ranks(trained):
-    found, expected = trained / "rounds_tp2", trained / "rounds_dp2"
+@pytest.mark.parametrize("plan", ["tp2", "sp2"])
+def test_a_rank_that_trains_alone_may_be_several_tensor_or_sequence_ranks(trained, plan):
+    found, expected = trained / f"rounds_{plan}", trained / "rounds_dp2"
     for name in ("loss", "grad_norm"):
         assert values(rows(found, "train"), name) == pytest.approx(values(rows(expected, "train"), name), rel=1e-5)
     for name in reader(expected, HALF).tensors:
