@@ -144,22 +144,25 @@ def layer_activation_bytes(work: Workload, plan: ParallelPlan) -> float:
     """Return what autograd keeps of one layer for each token of the rank's rows.
 
     For GPT-2 with dropout it is 34 D (https://arxiv.org/abs/2205.05198, section 4, without the 5 H T of attention that
-    flash attention does not keep), under tensor parallelism (10 + 24 / t) D; other layers are counted alike.
+    flash attention does not keep), under tensor parallelism (10 + 24 / t) D; other layers are counted alike. Sequence
+    ranks keep what they exchanged: not the projections that it came from, but what attention made in both layouts.
     """
-    model, size = work.model, work.working_bytes
+    model, size, is_exchanged = work.model, work.working_bytes, plan.sequence > 1
     hidden, inner, tensor = model.hidden_size, model.inner_size, plan.tensor
     masks = 2 * hidden if model.dropout else 0
     if isinstance(model, DecoderSection) and model.family == "llama":
         key_value = model.head_size * model.key_value_heads
         # RMSNorm keeps its input in float32, the normed values and the result; in float32 the same three tensors.
         whole = 2 * hidden * (12 if size == 4 else 8)
-        turned = 0 if _is_short(work) else hidden + key_value  # beside the projections, which the values keep alive
+        turned = 0 if _is_short(work) or is_exchanged else hidden + key_value  # beside the projections, which the values keep alive
         split = size * (hidden + 2 * key_value + turned + hidden + 4 * inner)
     else:
         whole = 4 * hidden * size
         is_rotary = isinstance(model, EncoderSection) and model.positions == "rotary"
-        turned = 2 * hidden if is_rotary and not _is_short(work) else 0
+        turned = 2 * hidden if is_rotary and not _is_short(work) and not is_exchanged else 0
         split = size * (4 * hidden + turned + 2 * inner)
+    if is_exchanged and not _probabilities(work):
+        split += size * hidden
     return whole + masks + (split + _probabilities(work)) / tensor
 
 

@@ -59,7 +59,7 @@ ZERO = {
 class Case:
     """One plan of one model."""
 
-    ranks: int = 1
+    data: int = 1
     zero_stage: int = 1
     dtype: str = "bf16"
     shape: str = "gpt2"
@@ -71,6 +71,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)
     sync: str | None = None
     asynchronous: bool = False
+    sequence: int = 1
 
     def config(self) -> GptConfig:
         """Return the run document."""
@@ -80,10 +81,15 @@ class Case:
             "model": SHAPES[self.shape] | self.model,
             "data": {"train": ["none"], "sequence_length": self.sequence_length},
             "batch": {
-                "global_size": self.micro_size * self.accumulation_steps * self.ranks,
+                "global_size": self.micro_size * self.accumulation_steps * self.data,
                 "micro_size": self.micro_size,
             },
-            "parallel": {"zero_stage": self.zero_stage, "sync": self.sync, "local_sgd": {"every_steps": 2}},
+            "parallel": {
+                "zero_stage": self.zero_stage,
+                "sequence": self.sequence,
+                "sync": self.sync,
+                "local_sgd": {"every_steps": 2},
+            },
             "checkpoint": {"asynchronous": self.asynchronous},
             "precision": {"dtype": self.dtype},
             "optimizer": {"learning_rate": 1e-3},
@@ -105,7 +111,8 @@ class Case:
             saves_behind=self.asynchronous,
         )
         plan = ParallelPlan(
-            self.ranks,
+            self.data,
+            sequence=self.sequence,
             zero_stage=self.zero_stage,
             micro_size=self.micro_size,
             accumulation_steps=self.accumulation_steps,
@@ -127,6 +134,8 @@ def cases() -> dict[str, Case]:
         found[f"recompute_zero{stage}x2"] = Case(2, stage, model={"recompute_activations": True}, micro_size=16)
         found[f"large_batch_zero{stage}x2"] = Case(2, stage, micro_size=16, accumulation_steps=1)
         found[f"long_zero{stage}x2"] = Case(2, stage, sequence_length=640, micro_size=2)
+        found[f"sequence_zero{stage}x2"] = Case(zero_stage=stage, sequence_length=640, sequence=2)
+        found[f"sequence_llama_zero{stage}x2"] = Case(1, stage, "fp32", "llama", 640, micro_size=2, sequence=2)
     whole = {name: 10**9 for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")}
     for dtype in ("bf16", "fp32"):
         found[f"local_sgdx2_{dtype}"] = Case(2, 0, dtype, micro_size=1, sync="local_sgd")
@@ -141,17 +150,17 @@ def cases() -> dict[str, Case]:
 
 def peak_bytes(case: Case) -> int:
     """Train a few steps; return the most that was held at once from the first step on."""
-    mesh = runtime.start_mesh()
+    mesh = runtime.start_mesh(sequence_ranks=case.sequence)
     config = case.config()
-    document = complete(config, {"zero_optimization": ZERO | case.zero}, case.ranks)
+    document = complete(config, {"zero_optimization": ZERO | case.zero}, mesh.world_size)
     torch.manual_seed(0)
     facts = {"vocabulary_size": case.vocabulary_size}
     tokens = np.zeros((case.micro_size, case.sequence_length), np.int64)
     batches = [{"tokens": tokens, "labels": tokens}] * case.accumulation_steps
-    targets = case.accumulation_steps * tokens.size * case.ranks
+    targets = case.accumulation_steps * tokens.size * case.data
     with LiveBytes() as live, TemporaryDirectory() as folder:
         with partitioned_building(document, mesh):
-            model = recipe.build_model(config, facts)
+            model = recipe.build_model(config, facts, sequence=mesh.sequence)
         engine = Engine(model, config, document, mesh)
         live.most = live.held  # what building took does not count
         with Saver(Path(mesh.broadcast_text(folder)), engine, mesh, lambda saved: None) as saver:
@@ -209,7 +218,7 @@ def main(table: Path, names: list[str]) -> int:
         for name, case in cases().items():
             if names and name not in names:
                 continue
-            if any(run_forked(partial(measure, case, path), case.ranks, path.with_suffix(".log"))):
+            if any(run_forked(partial(measure, case, path), case.data * case.sequence, path.with_suffix(".log"))):
                 print(name, "failed:", *(log.read_text() for log in path.parent.glob("*.log")), sep="\n")
                 return 1
             measured, predicted = int(path.read_text()), case.predicted_bytes()
