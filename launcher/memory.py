@@ -154,7 +154,9 @@ def layer_activation_bytes(work: Workload, plan: ParallelPlan) -> float:
         key_value = model.head_size * model.key_value_heads
         # RMSNorm keeps its input in float32, the normed values and the result; in float32 the same three tensors.
         whole = 2 * hidden * (12 if size == 4 else 8)
-        turned = 0 if _is_short(work) or is_exchanged else hidden + key_value  # beside the projections, which the values keep alive
+        turned = (
+            0 if _is_short(work) or is_exchanged else hidden + key_value
+        )  # beside the projections, which the values keep alive
         split = size * (hidden + 2 * key_value + turned + hidden + 4 * inner)
     else:
         whole = 4 * hidden * size
