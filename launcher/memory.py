@@ -114,7 +114,7 @@ def snapshot_bytes(work: Workload, plan: ParallelPlan) -> float:
         return 0
     parameters = max(rank_parameters(work.model, work.vocabulary_size, plan, stage) for stage in (0, plan.pipeline - 1))
     state, ranks = checkpoint_bytes(1, work.optimizer), plan.zero_ranks
-    return parameters * (state + OUTER_BYTES / ranks if work.trains_alone else state / ranks)
+    return parameters * (state / plan.sequence + OUTER_BYTES / ranks if work.trains_alone else state / ranks)
 
 
 def rank_parameters(

@@ -126,7 +126,7 @@ def gpt_config(model: dict | None = None, length: int = 32, **sections) -> GptCo
         (
             {"model": {"family": "llama", "num_key_value_heads": 2}, "parallel": {"sequence": 4}},
             4,
-            r"4 does not divide num_key_value_heads 2; right is 1 or 2; legal and near: .*sequence 2, zero_stage 1",
+            r"4 does not divide num_key_value_heads 2; right is 2; legal and near: .*sequence 2, zero_stage 1",
         ),
         (
             {"model": {"family": "llama", "num_key_value_heads": 1}},
