@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from bigbatch.launcher import slurm_client
 from bigbatch.launcher.run_dir import RunDir, write_json
 from bigbatch.launcher.run_facts import CANCEL_FILE, RunFacts, read_facts, runs_under
-from bigbatch.launcher.slurm_client import AccountedJob, QueuedJob, SlurmAwayError
+from bigbatch.launcher.slurm_client import AccountedJob, QueuedJob, SlurmAwayError, SlurmRefusedError
 from bigbatch.launcher.submit import resubmit
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 
@@ -183,12 +183,12 @@ def _ask_slurm(ids: Sequence[str]) -> _Answers:
     away = None
     try:
         queued = {job.job_id: job for job in slurm_client.queued(ids, STATUS_SECONDS)}
-    except SlurmAwayError as error:
+    except (SlurmAwayError, SlurmRefusedError) as error:
         away = str(error)
     unclear = [job_id for job_id in ids if job_id not in queued or queued[job_id].restarts]
     if unclear:
         # A refusal, as of a damaged set-up, says as little as an absence: the state comes from elsewhere.
-        with contextlib.suppress(SlurmAwayError, slurm_client.SlurmRefusedError):
+        with contextlib.suppress(SlurmAwayError, SlurmRefusedError):
             for record in slurm_client.accounted(unclear, STATUS_SECONDS):
                 records.setdefault(record.job_id, []).append(record)
     return _Answers(queued, records, away)

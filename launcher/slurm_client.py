@@ -24,6 +24,7 @@ AWAY = (
     "problem talking to database",
     "failed to open persistent connection",
     "zero bytes were transmitted",
+    "could not establish a configuration source",
 )
 NO_ACCOUNTING = "accounting storage is disabled"
 FIELD_END = "\x1f"  # nothing that a name of a job or a node may hold

@@ -283,6 +283,47 @@ def test_no_run_is_resumed_that_lives_or_has_ended_or_was_never_submitted(slurm,
     assert "was never submitted; to go on with it here: bigbatch train" in capsys.readouterr().err
 
 
+@pytest.mark.slurm
+def test_a_training_is_submitted_watched_cancelled_and_resumed(slurm, ended, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    texts = ({"text": f"The {number}th lamp follows an old river. " * 20} for number in range(60))
+    Path("texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    document = {
+        "version": 1,
+        "extends": "gpt/quick",
+        "model": {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 16},
+        "data": {"train": ["texts.jsonl"], "tokenizer": {"vocabulary_size": 300}, "sequence_length": 16},
+        "precision": {"dtype": "fp32"},
+        "schedule": {"total_steps": 1_000_000},
+        "checkpoint": {"every_steps": 1_000_000},
+    }
+    Path("tiny.json").write_text(json.dumps(document))
+    assert cli.main(["submit", "tiny.json", "--profile", "test", "--run-dir", "runs/tiny"]) == 0
+    job, run = capsys.readouterr().out.strip(), Path("runs/tiny")
+    slurm.wait_for(lambda: status_of(run).step or status_of(run).state in ("given_up", "failed"), "steps", 240)
+    found = status_of(run)
+    assert (found.state, found.job_id, found.nodes, found.last_step) == ("running", job, "node[1-2]", 1_000_000)
+    assert found.loss
+    assert found.tokens_per_second
+    assert found.checkpoint_step is None
+    assert cli.main(["logs", str(run), "--rank", "0"]) == 0
+    assert "/1,000,000  loss " in capsys.readouterr().out
+    assert cli.main(["cancel", str(run)]) == 0
+    saved = status_of(run)
+    assert (saved.state, saved.reason) == ("cancelled", f"saved at step {saved.checkpoint_step}")
+    assert saved.checkpoint_step >= found.step
+    capsys.readouterr()
+    assert cli.main(["resume", str(run)]) == 0
+    again = capsys.readouterr().out.strip()
+    assert int(again) > int(job)
+    slurm.wait_for(lambda: status_of(run).step > saved.step, "further steps", 240)
+    log = (run / "metrics.jsonl").read_text()
+    assert f"after step {saved.checkpoint_step:,}" in log
+    assert status_of(run)[1:5] == ("running", None, None, again)
+    assert cli.main(["cancel", str(run), "--now"]) == 0
+    wait_for_status(slurm, run, "cancelled")
+
+
 def test_logs_shows_the_job_one_rank_or_all(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError, match="no such log yet; the run is not submitted"):
