@@ -17,7 +17,12 @@ from bigbatch.recipes.core.recipe import recipe_names
 ROOT = Path(__file__).parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in [ROOT / "README.md", ROOT / "ds_configs/README.md", *ROOT.glob("recipes/*/README.md")]
+    for path in [
+        ROOT / "README.md",
+        ROOT / "ds_configs/README.md",
+        ROOT / "slurm/README.md",
+        *ROOT.glob("recipes/*/README.md"),
+    ]
 }
 CHEAP = ("show", "check", "recipes")
 
@@ -108,7 +113,7 @@ def test_the_commands_of_a_block_name_run_folders_that_those_before_them_make(pa
     monkeypatch.chdir(tmp_path)
     for lines in blocks(PAGES[page]):
         for arguments in commands(lines, "bigbatch"):
-            if arguments[0] == "train":
+            if arguments[0] in ("train", "submit"):
                 options = cli._parser().parse_args(arguments)
                 if not RunDir(Path(options.run)).exists():
                     resolve(options.run, options.overrides)
@@ -146,6 +151,11 @@ def test_a_recipes_own_page_describes_all_its_run_documents(recipe):
     rows = table(PAGES[f"recipes/{recipe}/README.md"], "Run documents")
     named = [f"{recipe}/{name}" for names, *_ in rows for name in re.findall(r"`([^`]+)`", names)]
     assert sorted(named) == [name for name in document_names() if name.startswith(f"{recipe}/")]
+
+
+def test_the_table_of_profiles_names_those_that_are_shipped():
+    named = [re.sub("`", "", name) for name, _ in table(PAGES["slurm/README.md"], "Profiles")]
+    assert sorted(named) == sorted(path.name.partition(".")[0] for path in (ROOT / "slurm/profiles").glob("*.json"))
 
 
 @pytest.mark.parametrize("page", PAGES)
