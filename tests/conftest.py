@@ -41,6 +41,19 @@ def toy() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def kept_golden() -> Callable[[str, Callable[[], Any]], Any]:
+    """Give a function that returns what tests/golden keeps under a name; measured and written first when asked to."""
+
+    def kept(name: str, measure: Callable[[], Any]) -> Any:
+        path = Path(__file__).parent / "golden" / f"{name}.json"
+        if os.environ.get("BIGBATCH_WRITE_GOLDEN") == "1":
+            path.write_text(json.dumps(measure(), indent=2) + "\n")
+        return json.loads(path.read_text())
+
+    return kept
+
+
+@pytest.fixture(scope="session")
 def run_program() -> Callable[..., str]:
     """Give a function that runs one of the programs to its end and returns what it printed."""
 

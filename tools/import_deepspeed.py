@@ -5,7 +5,6 @@ replaced by stand-ins that do nothing, so that nothing in a file is ever called;
 tensors stay on disk, mapped, until they are written.
 """
 
-import argparse
 import math
 import os
 import pickle
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 from bigbatch.recipes.core.models.decoder import Decoder, hugging_face_tensors, section_from_hugging_face
 from bigbatch.recipes.core.models.hugging_face import read_json
@@ -68,7 +68,7 @@ class Native(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the verb `import-deepspeed`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bigbatch import-deepspeed", description="Turn a checkpoint of DeepSpeed's own into a safetensors folder."
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the folder that has the file `latest`")

@@ -317,7 +317,8 @@ def test_throughput_of_a_sharded_gpt_is_that_which_llm_foundry_reports(row):
     assert 1 / 1.3 < 8 * 2048 / fastest / published < 1.3
 
 
-# arXiv 2104.04473, table 1: layers, hidden size, heads, tensor, pipeline, cards, samples, TFLOP/s a card.
+# arXiv 2104.04473, table 1: layers, hidden size, heads, tensor, pipeline, cards, samples, TFLOP/s a card. From memory,
+# November 2026: of the table itself no page was at hand.
 MEGATRON = [
     (24, 2304, 24, 1, 1, 32, 512, 137),
     (30, 3072, 32, 2, 1, 64, 512, 138),

@@ -45,6 +45,7 @@ PLANS = {
     "dp2xsp2_zero0": ParallelPlan(data=2, sequence=2, zero_stage=0),
     "tp2xsp2": ParallelPlan(tensor=2, sequence=2, zero_stage=2),
     "sp4": ParallelPlan(sequence=4),
+    "dp2xtp2xpp2": ParallelPlan(data=2, tensor=2, pipeline=2),
 }
 PLANS |= {f"ep2_zero{stage}": ParallelPlan(data=2, zero_stage=stage, expert=2) for stage in range(3)}
 PLANS |= {"ep2xdp2": ParallelPlan(data=4, expert=2)}

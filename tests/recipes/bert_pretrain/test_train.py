@@ -4,7 +4,6 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/bert_pretrain.json anew; say in the 
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.models.encoder import load_encoder
 from bigbatch.tools.convert import convert
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "bert_pretrain.json"
 STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 8, 3, 1e-2
 FORMS = {"bert": {}, "pre_rotary": {"norm": "pre", "positions": "rotary"}}
 STAGES, RANKS = (0, 1, 2, 3), (1, 2)
@@ -65,13 +63,9 @@ def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def golden(trained):
+def golden(trained, kept_golden):
     """Return the losses that are kept, by form; write them first when asked to."""
-    if os.environ.get("BIGBATCH_WRITE_GOLDEN") == "1":
-        content = {form: losses(trained, form, 1, 0) for form in FORMS}
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(json.dumps(content, indent=2) + "\n")
-    return json.loads(GOLDEN.read_text())
+    return kept_golden("bert_pretrain", lambda: {form: losses(trained, form, 1, 0) for form in FORMS})
 
 
 @pytest.mark.parametrize("stage", STAGES)

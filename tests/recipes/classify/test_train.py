@@ -5,7 +5,6 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/classify.json anew; say in the chang
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.tools.convert import convert
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "classify.json"
 STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 16, 3, 5e-3
 BACKBONES = ("encoder", "attention", "rnn")
 STAGES, RANKS = (0, 1, 2, 3), (1, 2)
@@ -82,12 +80,9 @@ def opened(run_dir: Path) -> tuple[ClassifyConfig, recipe.DataSplits, torch.nn.M
 
 
 @pytest.fixture(scope="module")
-def golden(trained):
+def golden(trained, kept_golden):
     """Return the losses that are kept, by backbone; write them first when asked to."""
-    if os.environ.get("BIGBATCH_WRITE_GOLDEN") == "1":
-        content = {backbone: losses(trained, backbone, 1, 0) for backbone in BACKBONES}
-        GOLDEN.write_text(json.dumps(content, indent=2) + "\n")
-    return json.loads(GOLDEN.read_text())
+    return kept_golden("classify", lambda: {backbone: losses(trained, backbone, 1, 0) for backbone in BACKBONES})
 
 
 @pytest.mark.parametrize("stage", STAGES)

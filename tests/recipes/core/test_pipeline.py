@@ -72,13 +72,18 @@ def document(recipe: str, model: dict, data: dict, **sections: object) -> dict:
     }
 
 
+def write_text(out: Path) -> dict:
+    """Write the text to train on; return the section that names it."""
+    (out / "text.txt").write_text(TEXT)
+    data = {"train": [str(out / "text.txt")], "validation_fraction": 0.1, "validation_split": "tail"}
+    return data | {"sequence_length": 32, "tokenizer": {"kind": "character"}, "prepared_dir": str(out / "prepared")}
+
+
 @pytest.fixture(scope="module")
 def trained(run_program, tmp_path_factory):
     """Train all cases in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("pipeline")
-    (out / "text.txt").write_text(TEXT)
-    data = {"train": [str(out / "text.txt")], "validation_fraction": 0.1, "validation_split": "tail"}
-    data |= {"sequence_length": 32, "tokenizer": {"kind": "character"}, "prepared_dir": str(out / "prepared")}
+    data = write_text(out)
     words = data | {"tokenizer": {"kind": "wordpiece", "vocabulary_size": 100}, "packing": "isolate"}
     documents = {name: document("gpt", model, data) for name, model in MODELS.items()}
     documents["isolate"] = document("gpt", MODELS["llama"], data | {"packing": "isolate", "unit": "line"})
@@ -99,6 +104,24 @@ def trained(run_program, tmp_path_factory):
     (out / "cases.json").write_text(json.dumps(cases))
     run_program("tensor_cases.py", out)
     return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_eight_ranks_in_three_dimensions_learn_as_one_and_one_goes_on_from_them(name, run_program, tmp_path):
+    (tmp_path / f"{name}.json").write_text(json.dumps(document("gpt", MODELS[name], write_text(tmp_path))))
+    eight = ("eight", name, "dp2xtp2xpp2", None)
+    cases = [eight, ("one_whole", name, "one", None), ("eight_to_one", name, "one", "eight")]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    run_program("tensor_cases.py", tmp_path)
+    whole = tmp_path / "one_whole"
+    for figure in ("loss", "grad_norm"):
+        expected = values(whole, figure)
+        assert len(expected) == STEPS
+        assert difference(values(tmp_path / "eight", figure), expected[:HALF]) < 1e-5
+        assert difference(values(tmp_path / "eight_to_one", figure), expected[HALF:]) < 1e-4
+    ours, theirs = (reader(folder, STEPS).manifest for folder in (tmp_path / "eight_to_one", whole))
+    assert ours["order_hash"] == theirs["order_hash"]
 
 
 def rows(folder: Path, kind: str) -> list[dict]:

@@ -4,7 +4,6 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/gpt.json anew; say in the change why
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "gpt.json"
 STEPS, GLOBAL_SIZE, SEQUENCE_LENGTH, POSITIONS, SEED = 5, 8, 32, 40, 3
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIPPING = 1e-2, (0.9, 0.95), 1e-8, 0.1, 1.0
 END_OF_TEXT = "<|endoftext|>"
@@ -134,12 +132,9 @@ def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def golden(trained):
+def golden(trained, kept_golden):
     """Return the losses that are kept, by family; write them first when asked to."""
-    if os.environ.get("BIGBATCH_WRITE_GOLDEN") == "1":
-        content = {family: losses(trained, family, 1, 0) for family in SHAPES}
-        GOLDEN.write_text(json.dumps(content, indent=2) + "\n")
-    return json.loads(GOLDEN.read_text())
+    return kept_golden("gpt", lambda: {family: losses(trained, family, 1, 0) for family in SHAPES})
 
 
 @pytest.mark.parametrize("stage", STAGES)
