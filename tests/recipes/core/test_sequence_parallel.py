@@ -4,12 +4,14 @@ Whole runs, and resumes under other plans, are in test_pipeline.py.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bigbatch.recipes.core.config import RunConfig
+from bigbatch.recipes.core.engine import Engine
 from bigbatch.recipes.core.engine_config import complete
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.parallel import Axis, Mesh
@@ -70,10 +72,20 @@ def test_every_parameter_has_a_gradient_on_a_rank_without_targets(results):
     assert second["encoder/grad/head.transform.weight"].any()
 
 
-def test_ranks_drop_by_numbers_of_their_own_tokens(results):
+def test_with_dropout_too_the_loss_is_that_of_whole_rows(results):
     whole, first, second = results
     assert torch.equal(first["dropout/loss"], second["dropout/loss"])
     assert not torch.isclose(first["dropout/loss"], whole["dropout/loss"])
+
+
+def test_sequence_ranks_drop_by_numbers_of_their_own_and_their_tensor_ranks_by_the_same():
+    drawn = []
+    for rank in range(4):
+        Engine._seed(SimpleNamespace(config=SimpleNamespace(seed=1), mesh=mesh_of(rank)), 3, 0)  # type: ignore[arg-type]
+        drawn.append(torch.rand(8))
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[2], drawn[3])
+    assert not torch.isclose(drawn[0], drawn[2]).any()
 
 
 def test_heads_of_own_tokens_become_own_heads_of_all_tokens_and_back(results):
@@ -97,12 +109,17 @@ def test_deepspeed_told_of_sequence_ranks_adds_up_or_averages_or_forgets_their_g
 
 @pytest.mark.parametrize("rank", range(8))
 def test_sequence_ranks_read_the_same_samples_and_one_speaks_for_them(rank):
-    place = ParallelPlan(data=2, sequence=2, tensor=2).coordinates(rank)
-    axes = {"tensor": Axis(place.tensor, 2), "sequence": Axis(place.sequence, 2)}
-    mesh = Mesh(rank, 8, torch.device("cpu"), **axes)
-    assert (mesh.data_rank, mesh.data_ranks) == (place.data, 2)
+    mesh = mesh_of(rank)
+    assert (mesh.data_rank, mesh.data_ranks) == (rank // 4, 2)
     assert (mesh.zero.rank, mesh.zero.size) == (rank // 2, 4)
     assert mesh.counts == (rank % 4 == 0)
+
+
+def mesh_of(rank: int) -> Mesh:
+    """Return the place of one of eight ranks."""
+    place = ParallelPlan(data=2, sequence=2, tensor=2).coordinates(rank)
+    axes = {"tensor": Axis(place.tensor, 2), "sequence": Axis(place.sequence, 2)}
+    return Mesh(rank, 8, torch.device("cpu"), **axes)
 
 
 def gpt_config(model: dict | None = None, length: int = 32, **sections) -> GptConfig:
