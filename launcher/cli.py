@@ -255,7 +255,7 @@ def bench(
         raise UserError("--ranks", "found 1; communication takes 2 or more")
     ranks = ranks or (max(2, default_ranks()) if what == "comm" else 1)
     resolved = _resolve(bench_run or BENCH_RUNS[what], overrides)
-    for axis in ("tensor", "pipeline", "sequence"):
+    for axis in ("tensor", "pipeline", "sequence", "expert"):
         if (degree := getattr(resolved.config.parallel, axis)) > 1:
             how = "of data ranks alone" if what == "comm" else "on one rank"
             message = f"found {degree}; bench {what} measures a model {how}: --set parallel.{axis}=1 would be right"

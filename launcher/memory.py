@@ -8,7 +8,7 @@ V rows of the vocabulary. Sizes are of our own models under DeepSpeed 0.19.8: ch
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from bigbatch.launcher.predict import OUTER_BYTES, checkpoint_bytes
+from bigbatch.launcher.predict import OUTER_BYTES, checkpoint_bytes, expert_parameters
 from bigbatch.recipes.core.config import OptimizerSection
 from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, padded_vocabulary
 from bigbatch.recipes.core.plan import ParallelPlan
@@ -23,6 +23,10 @@ WORKING_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STAGE_0_BUCKET = 500_000_000
 """Elements of gradient that DeepSpeed averages at once at stage 0 (MEMORY_OPT_ALLREDUCE_SIZE)."""
 CHUNK_BYTES, CPU_CHUNK_ROWS, CPU_BLOCK_BYTES = 2**28, 1024, 2**20  # of recipes/core/loss.py, which imports torch
+FULLEST_EXPERT = 1.5
+"""Assumed, where no token is dropped: an expert's buffer over its even share, as long as the fullest one needs."""
+ROUTER_BYTES = 40
+"""What a mixture keeps a token and expert: the probabilities and what is made of them."""
 SHORT_TOKENS = 512  # on a CPU, recipes/core/layers.py keeps the probabilities of rows this short
 
 
@@ -113,8 +117,21 @@ def snapshot_bytes(work: Workload, plan: ParallelPlan) -> float:
     if not work.saves_behind:
         return 0
     parameters = max(rank_parameters(work.model, work.vocabulary_size, plan, stage) for stage in (0, plan.pipeline - 1))
-    state, ranks = checkpoint_bytes(1, work.optimizer), plan.zero_ranks
-    return parameters * (state / plan.sequence + OUTER_BYTES / ranks if work.trains_alone else state / ranks)
+    state, share = checkpoint_bytes(1, work.optimizer), zero_share(work.model, plan, parameters)
+    return parameters * state / plan.sequence + share * OUTER_BYTES if work.trains_alone else share * state
+
+
+def zero_share(model: DecoderSection | EncoderSection, plan: ParallelPlan, parameters: float) -> float:
+    """Return the part of a rank's parameters that ZeRO leaves it the state of: experts are on fewer ranks."""
+    experts = rank_experts(model, plan)
+    return (parameters - experts) / plan.zero_ranks + experts / (plan.zero_ranks // plan.expert)
+
+
+def rank_experts(model: DecoderSection | EncoderSection, plan: ParallelPlan) -> int:
+    """Count the parameters of a rank's experts."""
+    if not isinstance(model, DecoderSection) or not model.num_expert_layers:
+        return 0
+    return model.num_expert_layers * model.num_experts // plan.expert * expert_parameters(model)
 
 
 def rank_parameters(
@@ -136,6 +153,9 @@ def rank_parameters(
         embedding = (rows + positions) * hidden
         head = (2 if model.family == "gpt2" else 1) * hidden
         is_tied = model.tie_embeddings
+        if model.num_expert_layers:  # which no pipeline divides
+            routers = model.num_experts * hidden - expert_parameters(model)
+            count += model.num_expert_layers * routers + rank_experts(model, plan)
     own_table = is_last and not (is_tied and is_first)
     return count + is_first * embedding + is_last * head + own_table * rows * hidden
 
@@ -149,6 +169,13 @@ def layer_activation_bytes(work: Workload, plan: ParallelPlan) -> float:
     """
     model, size, is_exchanged = work.model, work.working_bytes, plan.sequence > 1
     hidden, inner, tensor = model.hidden_size, model.inner_size, plan.tensor
+    mixture = 0.0
+    if isinstance(model, DecoderSection) and model.num_expert_layers:
+        kept = (2 if model.family == "gpt2" else 4) * inner
+        # The experts' inputs and what they keep, what they give back, and the router's probabilities and input.
+        rows = size * (routed_rows(model) * (hidden + kept) + model.experts_per_token * hidden - kept)
+        router = 4 * hidden * (size < 4) + ROUTER_BYTES * model.num_experts
+        mixture = model.num_expert_layers / model.num_layers * (rows + router)
     masks = 2 * hidden if model.dropout else 0
     if isinstance(model, DecoderSection) and model.family == "llama":
         key_value = model.head_size * model.key_value_heads
@@ -165,7 +192,12 @@ def layer_activation_bytes(work: Workload, plan: ParallelPlan) -> float:
         split = size * (4 * hidden + turned + 2 * inner)
     if is_exchanged and not _probabilities(work):
         split += size * hidden
-    return whole + masks + (split + _probabilities(work)) / tensor
+    return whole + masks + mixture + (split + _probabilities(work)) / tensor
+
+
+def routed_rows(model: DecoderSection) -> float:
+    """Return how many rows of the experts' buffers there are for each token."""
+    return model.experts_per_token * (model.capacity_factor or FULLEST_EXPERT)
 
 
 def _layer_parameters(model: DecoderSection | EncoderSection) -> tuple[int, int]:
@@ -198,7 +230,10 @@ def _peaks(work: Workload, plan: ParallelPlan, zero: dict[str, Any], recompute: 
     moments = checkpoint_bytes(1, work.optimizer) - 4
     if work.optimizer.name == "adamw_8bit":
         moments /= 4
-    states = model_states(parameters, zero_stage, ranks, size, moments)
+    experts, share = rank_experts(work.model, plan), zero_share(work.model, plan, parameters)
+    dense = model_states(parameters - experts, zero_stage, ranks, size, moments)
+    mixture = model_states(experts, zero_stage, ranks // plan.expert, size, moments)
+    states = States(*(one + other for one, other in zip(dense, mixture, strict=True)))
     weights, _, masters, optimizer = _on_device(states, zero)
     outer = OUTER_BYTES * parameters if work.trains_alone else 0
     snapshot = snapshot_bytes(work, plan) if work.on_cpu else 0
@@ -217,8 +252,8 @@ def _peaks(work: Workload, plan: ParallelPlan, zero: dict[str, Any], recompute: 
     yield peak("loss", kept, activations, loss, persistent + gathered)
     yield peak("backward", kept, activations + layer, loss_kept, bucket + gathered)
     if zero_stage in (1, 2):  # the first gradients are reduced into a buffer of the rank's own ones
-        yield peak("reduce", kept + size * parameters / ranks, activations + layer, 0, bucket)
-    gradients, copies = _step_bytes(plan, zero, states, parameters, size, work.trains_alone)
+        yield peak("reduce", kept + size * share, activations + layer, 0, bucket)
+    gradients, copies = _step_bytes(plan, zero, states, parameters, share, size, work.trains_alone)
     yield peak("step", gradients, 0, 0, copies)
     if work.trains_alone:  # the mean of all ranks' parameters, and the outer gradient
         yield peak("meeting", 0, 0, 0, OUTER_BYTES * parameters)
@@ -288,7 +323,7 @@ def _loss_bytes(work: Workload, plan: ParallelPlan) -> tuple[float, float]:
 
 
 def _step_bytes(
-    plan: ParallelPlan, zero: dict[str, Any], states: States, parameters: int, size: int, alone: bool
+    plan: ParallelPlan, zero: dict[str, Any], states: States, parameters: int, share: float, size: int, alone: bool
 ) -> tuple[float, float]:
     """Return gradients and copies of them while the optimizer steps: flattened, and in float32."""
     ranks, in_float = plan.zero_ranks, 0 if size == 4 else 4
@@ -297,8 +332,7 @@ def _step_bytes(
         return states.gradients, max(in_float * parameters, flat)
     if zero.get("offload_optimizer"):
         return states.gradients, 0
-    share = parameters / ranks
+    own = size * share  # those of other ranks are dropped first
     if plan.zero_stage == 3:
         share = min(share, zero.get("sub_group_size", 1_000_000_000))
-    own = size * parameters / ranks  # those of other ranks are dropped first
     return own, max(states.gradients - own, share * (size + in_float))

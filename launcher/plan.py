@@ -20,7 +20,7 @@ from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
 from bigbatch.recipes.core.plan import Job, ParallelPlan, legal_plans
 
-AXES = ("data", "tensor", "pipeline", "sequence")
+AXES = ("data", "tensor", "pipeline", "sequence", "expert")
 MOST_DOUBLINGS = 6
 WIDTH = 150  # characters of the table where it is not a terminal that tells
 
@@ -100,7 +100,7 @@ def find_plans(resolved: Resolved, cluster: Cluster) -> Answer:
     best: dict[tuple[int, ...], Option] = {}
     for option in sorted((option for option in options if fits(option, cluster)), key=lambda option: option.order):
         plan = option.plan
-        best.setdefault((plan.tensor, plan.pipeline, plan.sequence, plan.zero_stage), option)
+        best.setdefault((plan.tensor, plan.pipeline, plan.sequence, plan.zero_stage, plan.expert), option)
     nearest = min(options, key=lambda option: option.memory.total)
     return Answer(resolved, work, cluster, list(best.values()), nearest)
 
@@ -277,12 +277,13 @@ def _table(options: list[Option], answer: Answer) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    names = ["data", "tensor", "pipeline", "sequence", "ZeRO", "micro x steps", "recompute", "GiB", "seconds a step"]
+    axes = AXES if any(option.plan.expert > 1 for option in options) else AXES[:-1]
+    names = [*axes, "ZeRO", "micro x steps", "recompute", "GiB", "seconds a step"]
     for name in [*names, "tokens/s", "MFU", "days", "kWh", "$"]:
         table.add_column(name, justify="right")
     for option in options:
         plan, found = option.plan, figures(option, answer)
-        degrees = [str(getattr(plan, axis)) for axis in AXES]
+        degrees = [str(getattr(plan, axis)) for axis in axes]
         micro = f"{plan.micro_size} x {plan.accumulation_steps}"
         table.add_row(
             *degrees,

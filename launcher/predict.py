@@ -54,7 +54,24 @@ def _encoder(model: EncoderSection, vocabulary_size: int) -> int:
     return (rows + 2) * model.hidden_size + model.num_layers * _layer(model.hidden_size, model.inner_size)
 
 
+def count_active_parameters(model: DecoderSection, vocabulary_size: int) -> int:
+    """Count the parameters of a decoder that one token meets: of a mixture the chosen experts alone."""
+    idle = model.num_expert_layers * max(0, model.num_experts - model.experts_per_token) * expert_parameters(model)
+    return count_parameters(model, vocabulary_size) - idle
+
+
+def expert_parameters(model: DecoderSection) -> int:
+    """Count the parameters of one feed-forward layer, which one of several experts is too."""
+    hidden, inner = model.hidden_size, model.inner_size
+    return 2 * hidden * inner + inner + hidden if model.family == "gpt2" else 3 * hidden * inner
+
+
 def _decoder(model: DecoderSection, vocabulary_size: int) -> int:
+    further = (model.num_experts - 1) * expert_parameters(model) + model.num_experts * model.hidden_size  # the router
+    return _dense_decoder(model, vocabulary_size) + model.num_expert_layers * further
+
+
+def _dense_decoder(model: DecoderSection, vocabulary_size: int) -> int:
     hidden, feed_forward = model.hidden_size, model.inner_size
     embedding = padded_vocabulary(vocabulary_size, model) * hidden
     outer = embedding if model.tie_embeddings else 2 * embedding

@@ -18,6 +18,7 @@ from bigbatch.launcher.predict import (
     OUTER_BYTES,
     Start,
     checkpoint_bytes,
+    count_active_parameters,
     count_parameters,
     look_at_start,
     vocabulary_size,
@@ -333,7 +334,7 @@ def _disk(run_dir: Path, needs: Needs) -> Iterator[Finding]:
 def _numbers(config: Any, parameters: "Parameters") -> Iterator[Finding]:
     data: Any = config.data
     about = "" if parameters.is_exact else "about "
-    yield Finding("numbers", "info", "model", f"{about}{amount(parameters.count, '')} parameters")
+    yield Finding("numbers", "info", "model", f"{about}{amount(parameters.count, '')} parameters{_active(config)}")
     total = config.batch.global_size * config.schedule.total_steps
     if isinstance(data, TokenDataSection):
         tokens = config.batch.global_size * data.sequence_length
@@ -347,6 +348,14 @@ def _numbers(config: Any, parameters: "Parameters") -> Iterator[Finding]:
         steps, epochs = max(1, int(samples / config.batch.global_size)), total / samples
         message = f"about {rows}{steps:,} steps an epoch, {epochs:.3g} epochs in all"
         yield Finding("numbers", "info", "data.train", message)
+
+
+def _active(config: Any) -> str:
+    """Say of a mixture of experts how many parameters each token meets."""
+    if getattr(config.model, "num_experts", 1) == 1:
+        return ""
+    count = count_active_parameters(config.model, vocabulary_size(config.data.tokenizer))
+    return f", of which {amount(count, '')} are active for a token"
 
 
 class Parameters(NamedTuple):

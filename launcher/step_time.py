@@ -6,8 +6,15 @@ A model of peaks and volumes, not a simulation: it ranks plans, and is within ER
 from typing import NamedTuple
 
 from bigbatch.launcher.cards import Card
-from bigbatch.launcher.memory import Workload, layer_activation_bytes, rank_parameters
-from bigbatch.launcher.predict import count_parameters
+from bigbatch.launcher.memory import (
+    Workload,
+    layer_activation_bytes,
+    rank_experts,
+    rank_parameters,
+    routed_rows,
+    zero_share,
+)
+from bigbatch.launcher.predict import count_active_parameters, count_parameters
 from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, padded_vocabulary
 from bigbatch.recipes.core.plan import Axis, ParallelPlan
 
@@ -40,6 +47,7 @@ class StepTime(NamedTuple):
     pipeline: float
     data: float
     update: float
+    expert: float = 0.0
 
     @property
     def total(self) -> float:
@@ -54,6 +62,7 @@ class Volumes(NamedTuple):
     sequence: float
     pipeline: float
     data: float
+    expert: float
 
 
 def predict_step(
@@ -81,13 +90,16 @@ def predict_step(
         seconds(volumes.pipeline, "pipeline"),
         behind + max(SHOWING_FRACTION * (data - behind), data - behind - beside),
         _update_seconds(work, plan, card, offloads),
+        # All-to-all: what leaves the node has this card's share of the network alone.
+        volumes.expert / LINK_FRACTION / (card.node_link if plan.expert <= gpus_per_node else card.network_link),
     )
 
 
 def model_flops(work: Workload) -> tuple[float, float]:
     """Count a sample's operations forward and backward: of all layers, and of the head.
 
-    6 a weight and token, and 12 L D T a token for attention (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
+    6 a weight and token, and 12 L D T a token for attention (PaLM, https://arxiv.org/abs/2204.02311, appendix B); of a
+    mixture of experts the chosen ones alone count.
     """
     model, length = work.model, work.sequence_length
     layers = 6.0 * _layer_weights(work) + 12.0 * model.num_layers * model.hidden_size * length
@@ -101,20 +113,26 @@ def communication(work: Workload, plan: ParallelPlan, recompute: bool) -> Volume
     sends 2 n (t - 1) / t (https://arxiv.org/abs/1909.08053). sequence: four all-to-alls each way, a rank sending
     (s - 1) / s of its part (https://arxiv.org/abs/2309.14509, section 3.2). pipeline: the states there, their gradient
     back. data: 2 P, at stage 3 3 P (https://arxiv.org/abs/1910.02054, section 7); stages 2 and 3 pay for every
-    micro-batch, which DeepSpeed reduces at once.
+    micro-batch, which DeepSpeed reduces at once. expert: an all-to-all of the experts' buffers there and one back, each
+    way (https://arxiv.org/abs/2006.16668, section 3.2).
     """
     size, steps, model = work.working_bytes, plan.accumulation_steps, work.model
     states = plan.micro_size * work.sequence_length / plan.sequence * model.hidden_size * size
     layers = model.num_layers / plan.pipeline
     again = 1.5 if recompute else 1
     wide = 2 + 2 * model.key_value_heads / model.num_heads if isinstance(model, DecoderSection) else 4
-    weights = _most_parameters(work, plan) * size
+    parameters, experts = _most_parameters(work, plan), rank_experts(model, plan)
+    reduced = (parameters - experts) * (1 - 1 / plan.zero_ranks) + experts * (1 - plan.expert / plan.zero_ranks)
+    exchanged = 0.0
+    if isinstance(model, DecoderSection) and model.num_expert_layers:
+        exchanged = steps * model.num_expert_layers * again * 4 * routed_rows(model) * states * (1 - 1 / plan.expert)
     times = {0: 2, 1: 2, 2: 1 + steps, 3: 3 * steps}[plan.zero_stage]
     return Volumes(
         tensor=steps * layers * again * 4 * 2 * states * (1 - 1 / plan.tensor),
         sequence=steps * layers * again * 2 * wide * states / plan.tensor * (1 - 1 / plan.sequence),
         pipeline=steps * 2 * states if plan.pipeline > 1 else 0,
-        data=times * weights * (1 - 1 / plan.zero_ranks),
+        data=times * size * reduced,
+        expert=exchanged,
     )
 
 
@@ -135,9 +153,9 @@ def bandwidth(plan: ParallelPlan, card: Card, gpus_per_node: int, *axes: Axis) -
 
 def _layer_weights(work: Workload) -> int:
     model = work.model
-    one, none = (model.model_copy(update={"num_layers": count}) for count in (1, 0))
-    layer = count_parameters(one, work.vocabulary_size) - count_parameters(none, work.vocabulary_size)
-    return model.num_layers * layer
+    none = model.model_copy(update={"num_layers": 0})
+    count = count_active_parameters if isinstance(model, DecoderSection) else count_parameters
+    return count(model, work.vocabulary_size) - count(none, work.vocabulary_size)  # type: ignore[arg-type]
 
 
 def _head_weights(work: Workload) -> int:
@@ -165,7 +183,8 @@ def _micro_batch_seconds(work: Workload, plan: ParallelPlan, card: Card, recompu
 
 
 def _update_seconds(work: Workload, plan: ParallelPlan, card: Card, offloads: bool) -> float:
-    share = _most_parameters(work, plan) / (plan.zero_ranks if plan.zero_stage else 1)
+    parameters = _most_parameters(work, plan)
+    share = zero_share(work.model, plan, parameters) if plan.zero_stage else parameters
     if offloads and plan.zero_stage:  # the gradient down, the weight up, and the update at the host's pace
         return share * (2 * work.working_bytes / HOST_LINK + UPDATE_BYTES / HOST_MEMORY)
     return share * UPDATE_BYTES / card.memory_bandwidth

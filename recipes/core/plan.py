@@ -174,7 +174,7 @@ def legal_plans(job: Job, world_size: int) -> Iterator[ParallelPlan]:
         for pipeline in divisors(world_size // tensor):
             for sequence in divisors(world_size // tensor // pipeline):
                 data = world_size // (tensor * pipeline * sequence)
-                for zero_stage, expert in product(range(4), divisors(data)):
+                for zero_stage, expert in product(range(4), divisors(data) if _num_experts(job) > 1 else [1]):
                     plan = ParallelPlan(data, tensor, pipeline, sequence, zero_stage, expert=expert)
                     yield from _with_micro_sizes(plan, job, world_size)
 
@@ -219,7 +219,7 @@ def _broken_product(plan: ParallelPlan, world_size: int) -> Iterator[BrokenRule]
 
 def _broken_experts(plan: ParallelPlan, job: Job) -> Iterator[BrokenRule]:
     """Yield what DeepSpeed 0.19.8's mixture of experts does not go with, and where its degree does not divide."""
-    num_experts = job.model.num_experts if isinstance(job.model, DecoderSection) else 1
+    num_experts = _num_experts(job)
     if num_experts == 1:
         if plan.expert > 1:
             yield BrokenRule("parallel.expert", f"{plan.expert}, but the model has no experts; right is 1")
@@ -235,6 +235,10 @@ def _broken_experts(plan: ParallelPlan, job: Job) -> Iterator[BrokenRule]:
         if size % plan.expert:
             message = f"{plan.expert} does not divide {name} {size}; {_right(size, plan.expert)}"
             yield BrokenRule("parallel.expert", message)
+
+
+def _num_experts(job: Job) -> int:
+    return job.model.num_experts if isinstance(job.model, DecoderSection) else 1
 
 
 _WITHOUT_EXPERTS = {

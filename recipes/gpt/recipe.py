@@ -20,6 +20,7 @@ from bigbatch.recipes.core.models.decoder import (
     hugging_face_tensors,
     load_hugging_face,
 )
+from bigbatch.recipes.core.models.mixture import MixtureFeedForward
 from bigbatch.recipes.core.parallel import ALONE, Axis, Mesh
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss
 from bigbatch.recipes.core.train import Run
@@ -84,7 +85,8 @@ def metrics(loss: float) -> dict[str, float]:
 def flops_per_sample(config: GptConfig, facts: dict[str, Any]) -> float:
     """Count 6 P + 12 L D T operations a token (PaLM, arXiv 2204.02311, appendix B; P without the input embedding).
 
-    Attention is counted in full, as the field does, though a causal kernel needs half of it.
+    Of a mixture of experts, P has as many as a token meets, whatever fills their buffers up. Attention is counted in
+    full, as the field does, though a causal kernel needs half of it.
     """
     section, length = config.model, config.data.sequence_length
     with torch.device("meta"):
@@ -94,6 +96,10 @@ def flops_per_sample(config: GptConfig, facts: dict[str, Any]) -> float:
         parameters -= model.embed.tokens.weight.numel()
     if model.embed.positions is not None:
         parameters -= model.embed.positions.weight.numel()
+    for block in model.blocks:
+        if isinstance(block.feed_forward, MixtureFeedForward):
+            sizes = [parameter.numel() for parameter in block.feed_forward.experts.parameters()]
+            parameters -= sum(sizes) // section.num_experts * (section.num_experts - section.experts_per_token)
     return length * (6.0 * parameters + 12.0 * section.num_layers * section.hidden_size * length)
 
 

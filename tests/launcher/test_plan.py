@@ -35,6 +35,7 @@ from bigbatch.launcher.step_time import bandwidth, communication, model_flops, p
 from bigbatch.recipes.core.config import OptimizerSection
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
+from bigbatch.recipes.core.models.decoder import Decoder
 from bigbatch.recipes.core.plan import ParallelPlan
 from bigbatch.recipes.core.recipe import find
 
@@ -79,6 +80,8 @@ def test_activations_of_a_gpt_layer_with_dropout_are_those_of_the_megatron_paper
 SHAPES = {
     "gpt2": GPT,
     "llama": LLAMA,
+    "gpt2 with experts": GPT.model_copy(update={"num_experts": 4, "capacity_factor": 1.0}),
+    "llama with experts": LLAMA.model_copy(update={"num_experts": 4, "capacity_factor": 1.0}),
     "encoder": ENCODER.model_copy(update={"dropout": 0.0}),
     "encoder with dropout": ENCODER,
     "encoder, pre-norm, rotary": ENCODER.model_copy(update={"norm": "pre", "positions": "rotary", "dropout": 0.0}),
@@ -114,6 +117,22 @@ def kept_bytes(section, length, dtype, num_layers):
         result = model(torch.zeros(2, length, dtype=torch.int64))
     del result
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+
+
+def test_expert_ranks_have_their_part_of_the_experts_and_zero_divides_each_over_those_that_have_it():
+    model = SHAPES["llama with experts"]
+    whole, half = (rank_parameters(model, 1000, ParallelPlan(data=8, expert=expert), 0) for expert in (1, 2))
+    assert whole == count_parameters(model, 1000) == sum(p.numel() for p in Decoder(model, 1000).parameters())
+    expert = 3 * 64 * model.inner_size
+    assert whole - half == 4 * 2 * expert  # layers, experts
+    assert memory.zero_share(model, ParallelPlan(data=8, expert=2), half) == (half - 8 * expert) / 8 + 8 * expert / 4
+
+
+def test_what_travels_to_experts_and_back_are_their_buffers():
+    work, states = work_of(SHAPES["llama with experts"], sequence_length=512), 2 * 512 * 64 * 2
+    plan = ParallelPlan(data=4, expert=4, micro_size=2, accumulation_steps=3)
+    # micro-batches, layers, four exchanges, two experts a token, a quarter of them here
+    assert communication(work, plan, recompute=False).expert == 3 * 4 * 4 * 2 * states * 3 / 4
 
 
 @pytest.mark.parametrize("model", [GPT, LLAMA, ENCODER, SHAPES["encoder, pre-norm, rotary"]])
@@ -223,7 +242,10 @@ def test_a_mask_of_documents_and_few_targets_are_counted():
 UNTIED = ["model.family=llama", "model.num_key_value_heads=2", "model.tie_embeddings=false"]
 
 
-@pytest.mark.parametrize(("run", "changes"), [("gpt/quick", []), ("gpt/quick", UNTIED), ("bert_pretrain/quick", [])])
+@pytest.mark.parametrize(
+    ("run", "changes"),
+    [("gpt/quick", []), ("gpt/quick", UNTIED), ("gpt/moe_quick", []), ("bert_pretrain/quick", [])],
+)
 def test_operations_of_a_sample_are_those_that_the_recipe_reports(run, changes):
     config = resolve(run, changes).config
     work = workload(config, find_card("H100"))
@@ -232,7 +254,7 @@ def test_operations_of_a_sample_are_those_that_the_recipe_reports(run, changes):
     assert sum(model_flops(work)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("run", ["gpt/7b", "bert_pretrain/large"])
+@pytest.mark.parametrize("run", ["gpt/7b", "gpt/8x7b", "bert_pretrain/large"])
 def test_operations_of_a_large_model_are_counted_without_a_number_of_its_weights(run, measure_memory):
     config = resolve(run).config
     with measure_memory.LiveBytes() as live:
@@ -257,7 +279,7 @@ def test_volumes_are_those_of_the_papers():
     for stage, times in ((0, 2), (1, 2), (2, 1 + 3), (3, 3 * 3)):
         volumes = communication(work, ParallelPlan(data=4, zero_stage=stage, accumulation_steps=3), recompute=False)
         assert volumes.data == times * weights * 3 / 4
-    assert communication(work, ParallelPlan(), recompute=False) == (0, 0, 0, 0)
+    assert communication(work, ParallelPlan(), recompute=False) == (0, 0, 0, 0, 0)
 
 
 def test_a_ring_over_nodes_has_the_network_of_its_ranks_on_each():

@@ -253,6 +253,18 @@ def test_preflight_is_quick_and_needs_no_torch():
             128256,
             8_030_261_248,  # Llama-3.1-8B
         ),
+        (
+            {
+                "num_layers": 32,
+                "hidden_size": 4096,
+                "num_heads": 32,
+                "num_key_value_heads": 8,
+                "feed_forward_size": 14336,
+                "num_experts": 8,
+            },
+            32000,
+            46_702_792_704,  # Mixtral-8x7B
+        ),
     ],
 )
 def test_parameters_are_counted_as_in_published_models(shape, vocabulary, published):

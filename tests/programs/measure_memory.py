@@ -70,6 +70,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     sync: str | None = None
+    expert: int = 1
     asynchronous: bool = False
     sequence: int = 1
 
@@ -87,6 +88,7 @@ class Case:
             "parallel": {
                 "zero_stage": self.zero_stage,
                 "sequence": self.sequence,
+                "expert": self.expert,
                 "sync": self.sync,
                 "local_sgd": {"every_steps": 2},
             },
@@ -116,6 +118,7 @@ class Case:
             zero_stage=self.zero_stage,
             micro_size=self.micro_size,
             accumulation_steps=self.accumulation_steps,
+            expert=self.expert,
         )
         memory = predict_memory(work, plan, ZERO | self.zero, config.model.recompute_activations)
         return round(memory.total - memory.framework)
@@ -142,6 +145,9 @@ def cases() -> dict[str, Case]:
     for ranks, stage in ((1, 0), (2, 1), (2, 3)):
         found[f"saved_behind_zero{stage}x{ranks}"] = Case(ranks, stage, asynchronous=True)
     found["local_sgdx2_saved_behind"] = Case(2, 0, sync="local_sgd", asynchronous=True)
+    experts = {"num_experts": 4, "capacity_factor": 1.0}
+    for stage, expert in ((0, 1), (1, 1), (1, 2), (2, 2)):
+        found[f"experts_zero{stage}x2_expert{expert}"] = Case(2, stage, shape="llama", model=experts, expert=expert)
     found["zero3x2_all_live"] = Case(2, 3, zero=whole)
     found["one_micro_batch_zero2x2"] = Case(2, 2, accumulation_steps=1)
     found["large_vocabulary_zero2x2"] = Case(2, 2, vocabulary_size=32768)
@@ -150,7 +156,7 @@ def cases() -> dict[str, Case]:
 
 def peak_bytes(case: Case) -> int:
     """Train a few steps; return the most that was held at once from the first step on."""
-    mesh = runtime.start_mesh(sequence_ranks=case.sequence)
+    mesh = runtime.start_mesh(sequence_ranks=case.sequence, expert_ranks=case.expert)
     config = case.config()
     document = complete(config, {"zero_optimization": ZERO | case.zero}, mesh.world_size)
     torch.manual_seed(0)
@@ -160,7 +166,7 @@ def peak_bytes(case: Case) -> int:
     targets = case.accumulation_steps * tokens.size * case.data
     with LiveBytes() as live, TemporaryDirectory() as folder:
         with partitioned_building(document, mesh):
-            model = recipe.build_model(config, facts, sequence=mesh.sequence)
+            model = recipe.build_model(config, facts, sequence=mesh.sequence, expert=mesh.expert)
         engine = Engine(model, config, document, mesh)
         live.most = live.held  # what building took does not count
         with Saver(Path(mesh.broadcast_text(folder)), engine, mesh, lambda saved: None) as saver:

@@ -1,6 +1,11 @@
-"""A mixture of experts over DeepSpeed's layer: against plain torch and transformers' Mixtral, under all its plans."""
+"""A mixture of experts over DeepSpeed's layer: against plain torch and transformers' Mixtral, under all its plans.
+
+BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/experts.json anew; say in the change why the losses are other ones.
+"""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +30,7 @@ from bigbatch.recipes.core.parts import load_run
 from bigbatch.recipes.gpt.config import GptConfig
 from bigbatch.tools.convert import convert
 
+GOLDEN = Path(__file__).parents[2] / "golden" / "experts.json"
 HALF, STEPS, LENGTH = 5, 10, 32
 COEFFICIENT = 0.1  # large enough to be seen
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 40, "num_experts": 4}
@@ -222,6 +228,19 @@ def reference_losses(trained, tmp_path) -> list[float]:
 
 def test_five_steps_go_the_way_of_transformers_mixtral_in_plain_torch(trained, tmp_path):
     assert values(trained / "mixtral_one", "loss") == pytest.approx(reference_losses(trained, tmp_path), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "plan"),
+    [("mixtral", "one"), *((name, "ep2_zero1") for name in ("switch", "dropping", "dropping_switch"))],
+)
+def test_five_steps_of_every_kind_of_mixture_give_the_golden_losses(trained, model, plan):
+    if os.environ.get("BIGBATCH_WRITE_GOLDEN") == "1":
+        golden = json.loads(GOLDEN.read_text()) | {model: values(trained / f"{model}_{plan}", "loss")}
+        GOLDEN.write_text(json.dumps(golden, indent=2) + "\n")
+    golden = json.loads(GOLDEN.read_text())[model]
+    assert values(trained / f"{model}_{plan}", "loss") == pytest.approx(golden, rel=1e-4)
+    assert golden[0] - golden[-1] > 0.2
 
 
 @pytest.mark.parametrize(("model", "plan"), AGREEING[1:])

@@ -84,6 +84,20 @@ def test_a_global_batch_is_computed_exactly_once(plan):
     assert sorted(seen) == list(range(plan.global_size))
 
 
+MIXTURE = JOB._replace(model=LLAMA.model_copy(update={"num_experts": 6}), axes=("tensor", "pipeline", "expert"))
+
+
+@given(st.integers(1, 24))
+def test_plans_of_a_mixture_divide_its_experts_and_its_data_ranks_alone(world_size):
+    plans = [plan for plan in legal_plans(MIXTURE, world_size) if plan.micro_size == 1]
+    degrees = [degree for degree in (1, 2, 3, 6) if world_size % degree == 0]
+    expected = [(stage, degree) for stage in (0, 1, 2) for degree in degrees] if 48 % world_size == 0 else []
+    assert [(plan.zero_stage, plan.expert) for plan in plans] == expected
+    for plan in plans:
+        assert (plan.data, plan.world_size) == (world_size, world_size)
+        assert sorted(rank for group in plan.expert_groups() for rank in group) == list(range(world_size))
+
+
 def test_without_a_sequence_axis_ranks_lie_as_in_deepspeeds_own_topology():
     from bigbatch.recipes.core.engine import import_deepspeed
 
