@@ -91,11 +91,13 @@ def render(statuses: Sequence[Status]) -> str:
 
 def logs(run_dir: Path, rank: int | None, *, all_ranks: bool, follow: bool) -> int:
     """Print what a run's job and rank 0, one rank or all have written; with `follow`, what comes until it ends."""
+    if runs_under([run_dir]) != [run_dir]:
+        raise UserError(str(run_dir), "holds several runs; give the folder of one")
     if not _log_files(run_dir, rank, all_ranks=all_ranks) and not follow:
         (own,) = status([run_dir])
         raise UserError(str(run_dir), f"no such log yet; the run is {_words(own.state)}" + _because(own.reason))
     tails: dict[Path, _Tail] = {}
-    asked, ended, is_first, last = time.monotonic(), False, True, None
+    asked, ended, is_first, last, waits_as = time.monotonic(), False, True, None, None
     while True:
         for path in _log_files(run_dir, rank, all_ranks=all_ranks):
             tail = tails.setdefault(path, _Tail(path, FOLLOW_LINES if follow and is_first else None))
@@ -109,6 +111,9 @@ def logs(run_dir: Path, rank: int | None, *, all_ranks: bool, follow: bool) -> i
         if is_first or time.monotonic() - asked > ASK_EVERY_SECONDS:
             (own,) = status([run_dir])
             ended, asked = own.state not in LIVE and not own.note, time.monotonic()
+            if not tails and own.state != waits_as:
+                waits_as = own.state
+                _say(f"{run_dir} is {_words(own.state)}{_because(own.reason)}")
         is_first = False
         time.sleep(FOLLOW_SECONDS if not ended else 0)
 
@@ -129,8 +134,9 @@ def cancel(run_dir: Path, *, now: bool) -> int:
         slurm_client.cancel(waiting)
     if running and not now:
         for job_id in running:
-            slurm_client.update_job(job_id, Requeue="0")  # else a job that has saved would put itself back
-            slurm_client.signal_batch(job_id, "USR1")
+            with contextlib.suppress(SlurmRefusedError):  # it has just ended
+                slurm_client.update_job(job_id, Requeue="0")  # else a job that has saved would put itself back
+                slurm_client.signal_batch(job_id, "USR1")
         _say(f"asked {_jobs(running)} to save and end; `bigbatch cancel --now` does not wait for it")
         running = _wait_for_end(running, _patience_seconds(facts))
     if running:
@@ -197,6 +203,8 @@ def _ask_slurm(ids: Sequence[str]) -> _Answers:
 def _status(facts: RunFacts, answers: _Answers) -> Status:
     ids = job_ids(facts)
     found = _of_slurm(facts, ids, answers) if ids else _of_this_host(facts)
+    if facts.holder and found.state not in (*LIVE, *WAITING):
+        found = _of_this_host(facts)  # somebody goes on here with what was once submitted
     age = time.time() - facts.checkpoint_time if facts.checkpoint_time else None
     return found._replace(
         step=facts.step,
@@ -360,9 +368,8 @@ def _wait_for_end(ids: list[str], limit_seconds: float) -> list[str]:
 
 
 def _patience_seconds(facts: Sequence[RunFacts]) -> float:
-    """Return how long to wait for a save: well over what the profile says that it takes."""
-    told = [own.job.get("profile", {}).get("save_seconds") or 0.0 for own in facts]
-    return MIN_SAVE_SECONDS + 2 * max(told)
+    """Return how long to wait for a save: longer than the job itself would take for it ahead of its time limit."""
+    return MIN_SAVE_SECONDS + max(own.job.get("lead_seconds") or 0.0 for own in facts)
 
 
 def _summary(facts: Sequence[RunFacts]) -> str:

@@ -45,7 +45,7 @@ def submit(path: Path, body: str, *options: str) -> str:
         f"#SBATCH --chdir={path}\n{body}\n"
     )
     job = slurm_client.submit(script, options)
-    (path / "job.json").write_text(json.dumps({"version": 1, "job_ids": [job], "profile": {"save_seconds": 5.0}}))
+    (path / "job.json").write_text(json.dumps({"version": 1, "job_ids": [job], "lead_seconds": 20.0}))
     return job
 
 
@@ -339,15 +339,21 @@ def test_logs_shows_the_job_one_rank_or_all(tmp_path, capsys):
     assert capsys.readouterr().out == "here is 1\nwithout an end\n"
     assert cli.main(["logs", str(run), "--all"]) == 0
     assert capsys.readouterr().out.splitlines()[::2] == [f"[rank{rank}] here is {rank}" for rank in (0, 1, 10)]
-    assert cli.main(["logs", str(run), "--rank", "-1"]) == 2
+    for arguments, told in (([str(run), "--rank", "-1"], "from 0 on"), ([str(tmp_path)], "several runs")):
+        assert cli.main(["logs", *arguments]) == 2
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.slurm
-def test_logs_are_followed_until_the_job_has_ended(slurm, tmp_path):
+def test_logs_are_followed_from_the_queue_until_the_job_has_ended(slurm, ended, tmp_path):
     run = make_run(tmp_path / "run", step=20)
-    job = submit(run, "echo first\nuntil [ -e go ]; do sleep 0.1; done\necho second\nprintf third")
+    job = submit(run, "echo first\nuntil [ -e go ]; do sleep 0.1; done\necho second\nprintf third", "--hold")
     command = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "logs", "-f", str(run)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout
+        assert follower.stderr
+        assert follower.stderr.readline() == f"{run} is pending (JobHeldUser)\n"
+        slurm.run("scontrol", "release", job)
         assert follower.stdout.readline() == f"==> log/slurm-{job}.out <==\n"
         assert follower.stdout.readline() == "first\n"
         (run / "go").touch()
