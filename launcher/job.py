@@ -70,6 +70,7 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.ends |= number == signal.SIGTERM  # Slurm ends the job: cancelled, put back, or out of time
+        os.write(2, f"{signal.Signals(number).name}: saving\n".encode())  # print may be at work where this comes
         self.save()
 
     def save(self) -> None:

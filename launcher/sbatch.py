@@ -77,11 +77,14 @@ def _directives(profile: Profile, request: JobRequest) -> Iterator[str]:
         if value := getattr(profile, name):
             yield f"{name}={value}"
     yield f"nodes={request.nodes}"
-    yield f"ntasks-per-node={profile.ranks_a_node}"
+    if request.nodes.min_nodes == request.nodes.max_nodes:
+        yield f"ntasks-per-node={profile.ranks_a_node}"
+    else:  # told of tasks, Slurm would take the fewest nodes; it is srun that starts them
+        yield f"mincpus={profile.ranks_a_node * (profile.cpus_per_rank or 1)}"
     if profile.cpus_per_rank:
         yield f"cpus-per-task={profile.cpus_per_rank}"
     if profile.gpus:
-        yield _gpus(profile.gpus)
+        yield _gpus(profile.gpus, request.nodes)
     if profile.memory:
         yield f"mem={profile.memory}"
     if profile.exclusive:
@@ -102,11 +105,15 @@ def _directives(profile: Profile, request: JobRequest) -> Iterator[str]:
         yield f"{name}={_word(value)}" if value else name
 
 
-def _gpus(gpus: GpuSection) -> str:
+def _gpus(gpus: GpuSection, nodes: NodeRange) -> str:
     kind = f"{gpus.type}:" if gpus.type else ""
     if gpus.ask_by == "gres":
         return f"gres=gpu:{kind}{gpus.per_node}"
-    return f"{gpus.ask_by}={kind}{1 if gpus.ask_by == 'gpus-per-task' else gpus.per_node}"
+    if gpus.ask_by == "gpus-per-node":
+        return f"gpus-per-node={kind}{gpus.per_node}"
+    if nodes.min_nodes < nodes.max_nodes:
+        raise UserError("--nodes", f"found {nodes}; a profile that asks by gpus-per-task takes a number, not a range")
+    return f"gpus-per-task={kind}1"
 
 
 def _word(text: str) -> str:

@@ -25,6 +25,7 @@ AWAY = (
     "failed to open persistent connection",
     "zero bytes were transmitted",
     "could not establish a configuration source",
+    "unexpected message received",
 )
 NO_ACCOUNTING = "accounting storage is disabled"
 FIELD_END = "\x1f"  # nothing that a name of a job or a node may hold

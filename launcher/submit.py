@@ -65,10 +65,10 @@ def submit(run: str, profile: Profile, wanted: Wanted) -> int:
     if wanted.dry_run:
         print(render(profile, _request(plan, planned_folder(run, wanted.run_dir), wanted)), end="")
         return EXIT_DONE
+    refuse_queued(planned_folder(run, wanted.run_dir))
     _ask_slurm(render(profile, _request(plan, planned_folder(run, wanted.run_dir), wanted)))
     folder = RunDir(_choose(run, profile, wanted.run_dir).path.absolute())
     with hold(folder):
-        refuse_queued(folder.path)
         script = _write(folder, plan, wanted)
     job_ids = [_send(folder.path, script) for _ in range(wanted.chain or 1)]
     _record(folder.path, job_ids)
