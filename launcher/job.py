@@ -35,6 +35,7 @@ POLL_SECONDS = 0.2
 LEAVING_SECONDS = 60  # for the other ranks, when one has ended or failed
 CHECK_SECONDS = 300.0  # the check of the nodes ends by itself long before
 AWAY_SECONDS = 1800.0  # for a controller to come back
+AWAY_POLL_SECONDS = 5.0
 KILLED_SECONDS = 120.0  # for Slurm to end a job that it has put back into the queue
 BAD_NODE = 69  # exit status of the check of the nodes
 GONE_STATES = ("down", "fail", "power", "reboot", "error", "inval", "*")  # a star: it does not respond
@@ -310,7 +311,7 @@ class Job:
                 break
             except SlurmAwayError as error:
                 _say(f"waiting for Slurm's controller: {error}")
-                time.sleep(5)
+                time.sleep(AWAY_POLL_SECONDS)
             except SlurmRefusedError as error:
                 if "pending" not in error.message.lower():  # it is back: the answer to an earlier call was lost
                     return Verdict("give_up", f"{verdict.reason}; Slurm does not requeue: {error}", verdict.status)

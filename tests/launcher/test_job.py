@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bigbatch.launcher import cli
+from bigbatch.launcher import cli, job
 from bigbatch.launcher.job import Verdict, decide, read_events
 from bigbatch.launcher.node_memory import bad_nodes, remember
 from bigbatch.recipes.core.errors import EXIT_REQUEUE, EXIT_USER_ERROR
@@ -27,8 +27,9 @@ RANK = f"""#!{sys.executable}
 # Stands for `apptainer exec IMAGE python3 -P -m MODULE [PART] RUN_DIR`.
 import json, os, signal, sys, time
 from pathlib import Path
-run = Path(sys.argv[-1])
-part = "check" if sys.argv[-2].endswith("node_check") else sys.argv[-2]
+module, *rest = sys.argv[sys.argv.index("-m") + 1 :]
+part = "check" if module.endswith("node_check") else rest.pop(0)
+run = Path(rest[0])
 rank, node = int(os.environ["SLURM_PROCID"]), os.environ["SLURMD_NODENAME"]
 starts = [json.loads(line) for line in (run / "job_events.jsonl").read_text().splitlines()]
 start = sum(event["event"] == "start" for event in starts)
@@ -200,6 +201,7 @@ def test_a_job_that_is_cancelled_through_us_saves_first(slurm, submit, capsys):
     slurm.run("scancel", again)
 
 
+@pytest.mark.slow  # a minute: srun waits for the controller too
 def test_a_controller_that_is_away_is_waited_for(slurm, submit):
     run = submit("away", "save(start); until_asked() if start == 1 else None; sys.exit(75 if start == 1 else 0)")
     slurm.wait_for((run.run_dir / "ready0").exists, "the rank")
@@ -290,6 +292,32 @@ def test_a_dry_run_prints_the_script_and_changes_nothing(slurm, tmp_path, monkey
     assert cli.main(["submit", "gpt/quick", "--profile", "test", "--dry-run"]) == 0
     assert f"bigbatch.launcher.job {tmp_path}/runs/gpt-quick-1" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_requeue_is_asked_for_until_the_controller_answers(tmp_path, monkeypatch, capsys):
+    program = """#!/bin/sh
+echo "$@" >> "$LOG"
+case "$(wc -l < "$LOG")" in 1|3) echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1;; esac
+echo JobId=7 JobState=RUNNING Reason=None Requeue=1
+"""
+    (tmp_path / "scontrol").write_text(program)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    for name, seconds in (("AWAY_POLL_SECONDS", 0.01), ("KILLED_SECONDS", 0.01)):
+        monkeypatch.setattr(job, name, seconds)
+    document = {"profile": {}, "chain_job_ids": [], "exclude": []}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    try:
+        own = job.Job(tmp_path, document, job.Allocation("7", 0, ("n1",)), job.Signals())
+        assert own._requeue(Verdict("requeue", "saved at step 3", 75)).status == 75
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert asked == ["--oneliner show job 7"] * 2 + ["requeue 7"] * 2
+    assert [event["event"] for event in read_events(tmp_path)] == ["requeue"]
+    assert capsys.readouterr().err.count("waiting for Slurm's controller") == 2
 
 
 @pytest.mark.parametrize(
