@@ -1,6 +1,5 @@
 """What a run folder itself tells of its run, whoever runs it and wherever: no Slurm, no torch."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -99,10 +98,8 @@ def _runs_in(path: Path, depth: int = 2) -> Iterator[Path]:
     if RunDir(path).exists():
         yield path
     elif depth and path.is_dir():
-        for below in sorted(
-            path.iterdir(), key=lambda own: (len(own.name), own.name) if own.name.isdecimal() else (0, own.name)
-        ):
-            yield from _runs_in(below, depth - 1)
+        for below in sorted(path.iterdir(), key=lambda own: (own.name.isdecimal() and len(own.name), own.name)):
+            yield from _runs_in(below, depth - 1)  # members of a sweep by their numbers
 
 
 def _progress(path: Path) -> tuple[int | None, dict[str, Any]]:
@@ -126,15 +123,15 @@ def _newest_checkpoint(folder: Path) -> tuple[int | None, float | None]:
 
 
 def _holder(lock: Path) -> str | None:
+    """Return who has the folder, from the kernel's list: trying the lock could keep a run from taking it right then."""
+    record = _read_object(lock)
     try:
-        with lock.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = _parsed(file.read().encode()) or {}
-                return f"process {holder.get('pid', '?')} on {holder.get('host', 'this host')}"
+        inode, locks = lock.stat().st_ino, Path("/proc/locks").read_text().splitlines()
     except OSError:
-        pass
+        return None
+    for fields in map(str.split, locks):
+        if fields[4] == str(record.get("pid")) and fields[5].endswith(f":{inode}"):
+            return f"process {record['pid']} on {record.get('host')}"
     return None
 
 

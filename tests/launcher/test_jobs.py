@@ -270,6 +270,21 @@ def test_cancel_now_waits_for_nothing_and_takes_the_whole_chain(slurm, ended, tm
 
 
 @pytest.mark.slurm
+def test_a_sweep_is_told_and_cancelled_as_one(slurm, ended, tmp_path):
+    sweep = tmp_path / "sweep"
+    members = [make_run(sweep / str(index), step=10) for index in range(2)]
+    (sweep / "log").mkdir()
+    job = submit(sweep, f"cd $SLURM_ARRAY_TASK_ID\n{SAVES_WHEN_ASKED}\n{UNTIL_STOPPED}", "--array=0-1")
+    for index, member in enumerate(members):
+        (member / "job.json").write_text(json.dumps({"version": 1, "job_ids": [f"{job}_{index}"]}))
+    slurm.wait_for(lambda: jobs_log(sweep).count("ready") == 2, "both members")
+    assert [own.job_id for own in jobs.status([sweep])] == [f"{job}_0", f"{job}_1"]
+    assert cli.main(["cancel", str(sweep)]) == 0
+    assert jobs_log(sweep).count("saved") == 2
+    assert [own[1:3] for own in jobs.status([sweep])] == [("cancelled", "saved at step 20")] * 2
+
+
+@pytest.mark.slurm
 def test_no_run_is_resumed_that_lives_or_has_ended_or_was_never_submitted(slurm, ended, tmp_path, capsys):
     run = make_run(tmp_path / "run", step=10)
     first = submit(run, UNTIL_STOPPED)
