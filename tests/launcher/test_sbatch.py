@@ -46,6 +46,7 @@ SCRIPTS = {
     "everything": FULL,
     "sweep": FULL,
     "chain": FULL,
+    "range": profiles.SHIPPED / "perlmutter.v1.json",
 }
 
 
@@ -56,12 +57,19 @@ def test_the_script_of_each_profile_is_the_one_on_record(name):
         request = request._replace(members=4, exclude=("n1", "n7"), environment={"BIGBATCH_DATA": "/my data"})
     elif name == "chain":
         request = request._replace(is_chain=True)
+    elif name == "range":
+        request = request._replace(nodes=NodeRange(2, 8))
     text = render(FULL if SCRIPTS[name] is FULL else load_profile(str(SCRIPTS[name])), request)
     file = GOLDEN / f"{name}.sbatch"
     if os.environ.get("BIGBATCH_WRITE_GOLDEN"):
         file.write_text(text)
     assert text == file.read_text()
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_a_range_of_nodes_with_gpus_asked_for_by_task_is_refused():
+    with pytest.raises(UserError, match="takes a number, not a range"):
+        render(FULL, REQUEST._replace(nodes=NodeRange(2, 8)))
 
 
 @pytest.fixture(scope="module")
