@@ -114,7 +114,7 @@ def communication(work: Workload, plan: ParallelPlan, recompute: bool) -> Volume
     (s - 1) / s of its part (https://arxiv.org/abs/2309.14509, section 3.2). pipeline: the states there, their gradient
     back. data: 2 P, at stage 3 3 P (https://arxiv.org/abs/1910.02054, section 7); stages 2 and 3 pay for every
     micro-batch, which DeepSpeed reduces at once. expert: an all-to-all of the experts' buffers there and one back, each
-    way (https://arxiv.org/abs/2006.16668, section 3.2).
+    way (https://arxiv.org/abs/2006.16668).
     """
     size, steps, model = work.working_bytes, plan.accumulation_steps, work.model
     states = plan.micro_size * work.sequence_length / plan.sequence * model.hidden_size * size

@@ -1,8 +1,9 @@
 """A mixture of experts in place of a feed-forward layer: DeepSpeed's MoE layer over experts of our own making.
 
 What DeepSpeed 0.19.8 does by default is here set right: its experts are copies of one, which begin with the same
-weights; with two experts a token it adds noise to the choice of the second, in evaluation too; and where ranks evaluate
-different numbers of tokens, their buffers for a top-1 choice differ, and the exchange fails or hangs.
+weights; with two experts a token it adds noise to the choice of the second, in evaluation too; and its own way to drop
+no token (`drop_tokens` False) has buffers of another length at each call, by which a process's memory grows from step
+to step, and of different lengths where ranks evaluate different numbers of tokens, so that their exchange fails.
 
 Shapes: B rows, T tokens, D hidden size, E experts of all ranks.
 """
@@ -44,7 +45,6 @@ class MixtureFeedForward(nn.Module):
             section.num_experts,
             axis.size,
             section.experts_per_token,
-            section.capacity_factor or 1.0,
             min_capacity=1,  # with more, it refuses to generate one token
             top2_2nd_expert_sampling=False,
         )
@@ -60,11 +60,12 @@ class MixtureFeedForward(nn.Module):
         """Map hidden states [B, T, D] one by one, each by the experts that the router chooses."""
         gate: Any = self.moe.deepspeed_moe.gate
         gate.wg = SimpleNamespace(weight=self.router)
-        # Which tokens are dropped is drawn for a top-1 choice (https://arxiv.org/abs/2109.10465, section 3.1).
-        gate.drop_tokens = gate.use_rts = self.training and self.section.capacity_factor is not None
-        tokens = hidden.flatten(0, 1)
-        mixed, self.auxiliary_loss, _ = self.moe(tokens if self.training else self._evened(tokens))
-        return mixed[: len(tokens)].view_as(hidden)
+        tokens, factor = hidden.flatten(0, 1), self.section.capacity_factor if self.training else None
+        # Which tokens are dropped is drawn for a top-1 choice (https://arxiv.org/abs/2109.10465).
+        gate.use_rts = factor is not None
+        gate.capacity_factor = gate.eval_capacity_factor = factor or self._fullest(tokens)
+        mixed, self.auxiliary_loss, _ = self.moe(tokens)
+        return mixed.view_as(hidden)
 
     def _draw_experts(self, make_expert: Callable[[], nn.Module], group_name: str) -> nn.ModuleDict:
         size = self.section.num_experts // self.axis.size
@@ -80,10 +81,16 @@ class MixtureFeedForward(nn.Module):
                     parameter.group_name = group_name  # type: ignore[attr-defined]
         return experts
 
-    def _evened(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Fill up with zeros to as many tokens [N, D] as the rank with most has."""
-        if self.axis.size == 1:
-            return tokens
-        longest = torch.tensor(len(tokens), device=tokens.device)
-        self.axis.max_in_place(longest)
-        return F.pad(tokens, (0, 0, 0, int(longest) - len(tokens)))
+    def _fullest(self, tokens: torch.Tensor) -> float:
+        """Return the capacity factor with which no token [N, D] of any rank of the axis is dropped."""
+        count, num_experts = self.section.experts_per_token, self.section.num_experts
+        with torch.no_grad():
+            chosen = F.linear(tokens.float(), self.router.float()).topk(count).indices
+            fullest = torch.bincount(chosen.flatten(), minlength=num_experts).max()
+        if self.axis.size > 1:
+            self.axis.max_in_place(fullest)
+        # In steps of a sixteenth to an eighth: with few different sizes, the memory of one call serves the next.
+        capacity = int(fullest)
+        step = 1 << max(0, capacity.bit_length() - 4)
+        capacity = -(-capacity // step) * step
+        return (capacity - 0.5) * num_experts / (len(tokens) * count)  # DeepSpeed rounds up

@@ -4,6 +4,7 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/experts.json anew; say in the change
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -141,6 +142,17 @@ def test_evaluation_drops_no_token_and_one_token_is_enough():
     torch.testing.assert_close(mixture(hidden)[0], plain_mixture(mixture, hidden[0])[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mixture(hidden[:, :1]), mixture(hidden)[:, :1], rtol=1e-5, atol=1e-6)
     assert not torch.equal(mixture.train()(hidden), mixture.eval()(hidden))
+
+
+def test_buffers_have_room_for_every_token_and_few_different_sizes():
+    mixture = Decoder(DecoderSection(**MIXTRAL), 50).blocks[0].feed_forward
+    fullest, sizes = [], []
+    for seed in range(40):
+        mixture(torch.randn(1, 500, 32, generator=torch.Generator().manual_seed(seed)))
+        fullest.append(int(mixture.moe.deepspeed_moe.exp_counts.max()))
+        sizes.append(math.ceil(500 / 4 * 2 * mixture.moe.deepspeed_moe.gate.capacity_factor))
+        assert fullest[-1] <= sizes[-1] <= 1.125 * fullest[-1]
+    assert len(set(sizes)) < len(set(fullest)) / 3
 
 
 def test_the_traps_of_deepspeeds_layer_are_still_there():
