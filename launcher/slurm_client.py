@@ -97,8 +97,8 @@ def submit(script: Path, options: Sequence[str] = (), environment: Mapping[str, 
 
 def try_submit(script: Path, options: Sequence[str] = ()) -> str:
     """Have Slurm judge a batch script without queueing it; return its words on when and where it would start."""
-    answer = _ask(["sbatch", "--test-only", *options, str(script)], SUBMIT_SECONDS)
-    return answer.strip().removeprefix("sbatch: ")
+    said = _run(["sbatch", "--test-only", *options, str(script)], SUBMIT_SECONDS, None).stderr
+    return said.strip().removeprefix("sbatch: ")
 
 
 def queued(job_ids: Sequence[str] = (), seconds: float = ANSWER_SECONDS) -> list[QueuedJob]:
@@ -212,15 +212,22 @@ def node_states(nodes: Sequence[str]) -> dict[str, str]:
 
 
 def _ask(command: Sequence[str], seconds: float = ANSWER_SECONDS, environment: Mapping[str, str] | None = None) -> str:
-    """Return what a command printed, on either stream."""
+    """Return what a command answered; what a site's own plugins say beside it goes to another stream."""
+    return _run(command, seconds, environment).stdout
+
+
+def _run(
+    command: Sequence[str], seconds: float, environment: Mapping[str, str] | None
+) -> subprocess.CompletedProcess[str]:
     words = {**(environment or os.environ), "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     try:
         ended = subprocess.run(
             command,
             env=words,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=seconds,
             check=False,
         )
@@ -228,10 +235,9 @@ def _ask(command: Sequence[str], seconds: float = ANSWER_SECONDS, environment: M
         raise SlurmAwayError(command[0], "not found; this host is no login node of a Slurm cluster") from None
     except subprocess.TimeoutExpired:
         raise SlurmAwayError(command[0], f"no answer in {seconds:.0f} s; Slurm's controller may be away") from None
-    said = ended.stdout.decode(errors="replace")
     if not ended.returncode:
-        return said
-    what = one_line(said.strip()) or f"exit status {ended.returncode}"
+        return ended
+    what = one_line(f"{ended.stderr.strip()}\n{ended.stdout.strip()}".strip()) or f"exit status {ended.returncode}"
     is_away = any(sign in what.lower() for sign in AWAY)
     raise (SlurmAwayError if is_away else SlurmRefusedError)(command[0], what)
 

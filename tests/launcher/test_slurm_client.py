@@ -2,6 +2,8 @@
 
 import getpass
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,18 @@ def test_what_slurm_refuses_is_told_in_its_words(slurm_with_accounting, script):
         slurm_client.requeue("99999")
     assert slurm_client.queued(["99999"]) == []
     assert slurm_client.show_job("99999") == {}
+
+
+def test_what_a_site_says_beside_an_answer_is_no_part_of_it(slurm_with_accounting, script, tmp_path, monkeypatch):
+    for name in ("sbatch", "squeue"):
+        talking = tmp_path / name
+        real = shutil.which(name)
+        talking.write_text(f'#!/bin/sh\n{real} "$@"\nstatus=$?\necho "sbatch: lua: welcome" >&2\nexit $status\n')
+        talking.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = slurm_client.submit(script, ["--output=/dev/null"])
+    assert [own.job_id for own in slurm_client.queued([job])] == [job]
+    slurm_client.cancel([job])
 
 
 def test_an_absent_controller_is_no_endless_wait(slurm_with_accounting):
