@@ -165,6 +165,29 @@ def prepare(run: str, overrides: list[str]) -> int:
     return status
 
 
+def bundle(run: str, out: Path, wheels: bool, overrides: list[str]) -> int:
+    """Gather all that a run needs, prepared, into a folder or archive for nodes without a network."""
+    from bigbatch.launcher import bundle as bundles
+
+    resolved = _resolve(run, overrides)
+    if importlib.util.find_spec("torch") is None:
+        _say("warning: torch is not here to prepare the data with: the job will")
+    elif status := prepare(run, overrides):
+        return status
+    count = bundles.bundle(resolved, out, wheels)
+    _say(f"{out}: {count} files; to train from it: {bundles.how_to_train(out)}")
+    return EXIT_DONE
+
+
+def unbundle(bundle: Path, folder: Path) -> int:
+    """Unpack a bundle's archive elsewhere, and compare every file with its hash."""
+    from bigbatch.launcher import bundle as bundles
+
+    count = bundles.unbundle(bundle, folder)
+    _say(f"{folder}: {count} files, all whole; to train from it: {bundles.how_to_train(folder)}")
+    return EXIT_DONE
+
+
 def train(run: str, ranks: int | None, run_dir: Path | None, overrides: list[str], resume: "Resume") -> int:
     """Train to the end, or go on where a run stopped; data are prepared first."""
     from bigbatch.launcher.begin import refuse_errors, set_up
@@ -203,6 +226,7 @@ def submit(
     chain: int | None,
     sweep: Path | None,
     dry_run: bool,
+    snapshot: bool,
 ) -> int:
     """Check a run, write its job.sbatch, and put it into Slurm's queue; it goes on by itself until it is done."""
     from bigbatch.launcher.profiles import load_profile
@@ -213,7 +237,7 @@ def submit(
         raise UserError("--profile", "missing; right is the name of one that `bigbatch profile ls` lists, or a path")
     if sweep and chain:
         raise UserError("--chain", "does not go with --sweep; submit the members one by one")
-    wanted = Wanted(nodes, time_limit, run_dir, overrides, chain, dry_run)
+    wanted = Wanted(nodes, time_limit, run_dir, overrides, chain, dry_run, snapshot)
     if sweep:
         return submit_sweep(run, load_profile(profile), wanted, sweep)
     return submit_one(run, load_profile(profile), wanted)
@@ -346,7 +370,7 @@ class Verb(NamedTuple):
 
 
 PLAN_FLAGS = ("--gpus", "--card", "--gpu-memory", "--gpus-per-node", "--network", "--price", "--top")
-SUBMIT_FLAGS = ("--nodes", "--time", "--chain", "--sweep", "--dry-run")
+SUBMIT_FLAGS = ("--nodes", "--time", "--chain", "--sweep", "--snapshot", "--dry-run")
 VERBS = {
     "quickstart": Verb(quickstart, ()),
     "recipes": Verb(recipes, ("--json",)),
@@ -354,6 +378,8 @@ VERBS = {
     "check": Verb(check, ("run", "--ranks", "--profile", "--nodes", "--time", "--set", "--json")),
     "plan": Verb(plan, ("run", *PLAN_FLAGS, "--set", "--json")),
     "prepare": Verb(prepare, ("run", "--set")),
+    "bundle": Verb(bundle, ("run", "out", "--wheels", "--set")),
+    "unbundle": Verb(unbundle, ("bundle", "folder")),
     "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--resume")),
     "status": Verb(status, ("run_dirs", "--json")),
     "logs": Verb(logs, ("run_dir", "--rank", "--all", "-f/--follow")),
@@ -423,11 +449,16 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--network": {"type": _above_zero, "metavar": "GB_A_SECOND", "help": "of a card to other nodes"},
     "--price": {"type": _above_zero, "metavar": "DOLLARS", "help": "of a card for an hour"},
     "--top": {"type": _positive, "metavar": "N", "default": 10, "help": "show the best so many (default 10)"},
+    "out": {"metavar": "OUT", "type": Path, "help": "new folder, or archive: .tar, .tar.gz or .tgz"},
+    "bundle": {"metavar": "BUNDLE", "type": Path, "help": "a bundle's archive"},
+    "folder": {"metavar": "FOLDER", "type": Path, "help": "new folder"},
+    "--wheels": {"action": "store_true", "help": "with the packages, as pip fetches them, and their hashes"},
     "--profile": {"metavar": "P", "help": "name or path of a cluster's profile"},
     "--nodes": {"metavar": "N | MIN-MAX", "help": "how many nodes (default: the profile's)"},
     "--time": {"metavar": "T", "dest": "time_limit", "help": "time limit, as 90 or 12:00:00 (default: the profile's)"},
     "--chain": {"type": _positive, "metavar": "N", "help": "N jobs in a row, where a job may not requeue itself"},
     "--sweep": {"type": Path, "metavar": "FILE", "help": "one array of runs, each with other settings"},
+    "--snapshot": {"action": "store_true", "help": "copy the code into the run folder, and run that copy"},
     "--dry-run": {"action": "store_true", "help": "print the batch script and change nothing"},
     "--run-dir": {"type": Path, "metavar": "D", "help": "folder of the run (default: a new one under runs/)"},
     "--set": {

@@ -241,7 +241,8 @@ class Job:
         bad: dict[str, str] = {}
         if status == BAD_NODE:
             check = _read_object(self.run_dir / "node_check.json")
-            bad = dict.fromkeys(map(str, check.get("bad", ())), "it failed the check before the first step")
+            reasons = check.get("reasons", {})
+            bad = {node: f"the check before the first step: {reasons.get(node)}" for node in check.get("bad", ())}
         elif status not in (EXIT_DONE, EXIT_USER_ERROR, EXIT_REQUEUE):
             bad = dict.fromkeys(gone_nodes(self.allocation.nodes), "it failed while the run was on it")
             node = self._node_of(failure.get("host", ""))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigbatch.launcher import memory, plan, slurm_client, storage
+from bigbatch.launcher.bundle import missing
 from bigbatch.launcher.cards import GIB, Card, card_names, find_card
 from bigbatch.launcher.lead import lead_seconds
 from bigbatch.launcher.memory import CPU_FRAMEWORK_BYTES, predict_memory
@@ -346,6 +347,9 @@ def _prepared(asked: Asked) -> Iterator[Finding]:
 
 def _offline(asked: Asked) -> Iterator[Finding]:
     """Find what a job without a network would try to fetch."""
+    for name in missing(Path()):
+        message = f"{name} is not here, or not whole, and bundle.json names it"
+        yield Finding("offline", "error", "bundle.json", message, "unpack the bundle again")
     environment = {**os.environ, **asked.profile.environment}
     if not any(environment.get(name) == "1" for name in ("BIGBATCH_OFFLINE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
         return

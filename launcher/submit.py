@@ -23,6 +23,7 @@ from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.launcher.run_dir import RunDir, choose, fresh, hold, run_name, write_json
 from bigbatch.launcher.sbatch import JobRequest, render
 from bigbatch.launcher.slurm_client import SlurmAwayError
+from bigbatch.launcher.snapshot import CODE, freeze, use_frozen, write_diff
 from bigbatch.recipes.core.engine_config import complete
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 from bigbatch.recipes.core.run_home import enter_home
@@ -44,6 +45,8 @@ class Wanted(NamedTuple):
     chain: int | None = None
     """Submit so many jobs that follow each other, for a cluster that does not requeue."""
     dry_run: bool = False
+    snapshot: bool = False
+    """Freeze the code into the run folder, and run that."""
 
 
 class Plan(NamedTuple):
@@ -89,13 +92,16 @@ def submit_sweep(run: str, profile: Profile, wanted: Wanted, sweep: Path) -> int
     parent = wanted.run_dir.absolute() if wanted.run_dir else fresh(Path("runs"), f"{run_name(run)}-sweep").absolute()
     if (parent / "0").exists():
         raise UserError("--run-dir", f"{parent} holds a sweep already; give a new folder")
+    if wanted.snapshot:
+        freeze(parent)
     for member, (plan, change) in enumerate(zip(plans, changes, strict=True)):
         facts = {"folder": str(parent), "member": member, "set": change}
         with hold(folder := RunDir(parent / str(member))):
             _write(folder, plan, wanted, sweep=facts)
     write_json(parent / "sweep.json", {"version": 1, "run": run, "members": changes})
     script = parent / "job.sbatch"
-    script.write_text(render(profile, request._replace(run_dir=parent)), encoding="utf-8")
+    request = _request(plans[0], parent, wanted)._replace(members=len(plans))
+    script.write_text(render(profile, request), encoding="utf-8")
     job_id = _send(parent, script)
     for member in range(len(plans)):
         _record(parent / str(member), [f"{job_id}_{member}"])
@@ -106,7 +112,7 @@ def resubmit(run_dir: Path) -> int:
     """Submit a run again as its job.json says, with what has been measured since."""
     job = read_json(run_dir / "job.json")
     nodes = NodeRange(job["nodes"]["min"], job["nodes"]["max"])
-    wanted = Wanted(nodes=str(nodes), time_limit=job["time_limit"], chain=job["chain"])
+    wanted = Wanted(str(nodes), job["time_limit"], chain=job["chain"], snapshot=job["snapshot"])
     return submit(str(run_dir), parse_profile(job["profile"]), wanted)
 
 
@@ -184,6 +190,7 @@ def _choose(run: str, profile: Profile, run_dir: Path | None) -> RunDir:
 
 
 def _request(plan: Plan, run_dir: Path, wanted: Wanted) -> JobRequest:
+    carried = {name: os.environ[name] for name in CARRIED if name in os.environ}
     seconds = lead_seconds(run_dir, plan.profile.save_seconds) + COARSE_SECONDS
     return JobRequest(
         run_dir,
@@ -192,7 +199,7 @@ def _request(plan: Plan, run_dir: Path, wanted: Wanted) -> JobRequest:
         plan.time_limit,
         int(min(seconds, time_limit_seconds(plan.time_limit) / 2)),
         plan.profile.python or sys.executable,
-        environment={name: os.environ[name] for name in CARRIED if name in os.environ},
+        environment=use_frozen(run_dir, carried, plan.profile.environment) if wanted.snapshot else carried,
         exclude=tuple(sorted(bad_nodes(run_dir))),
         is_chain=wanted.chain is not None,
     )
@@ -212,6 +219,11 @@ def _write(folder: RunDir, plan: Plan, wanted: Wanted, sweep: dict[str, Any] | N
     request = _request(plan, folder.path, wanted)
     set_up(folder, plan.resolved, plan.documents[max(plan.documents)], "auto")
     (folder.path / "log").mkdir(exist_ok=True)
+    write_diff(folder.path)
+    if wanted.snapshot and sweep is None:
+        freeze(folder.path)
+    elif wanted.snapshot:  # all members run the same
+        (folder.path / CODE).symlink_to(Path("..") / CODE)
     job = {
         "version": JOB_VERSION,
         "profile": plan.profile.model_dump(mode="json"),
@@ -224,6 +236,7 @@ def _write(folder: RunDir, plan: Plan, wanted: Wanted, sweep: dict[str, Any] | N
         "python": request.python,
         "exclude": request.exclude,
         "chain": wanted.chain,
+        "snapshot": wanted.snapshot,
         "sweep": sweep,
         "job_ids": _read_job_ids(folder.path),
         "chain_job_ids": [],

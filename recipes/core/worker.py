@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from bigbatch.recipes.core.errors import EXIT_USER_ERROR, UserError
+from bigbatch.recipes.core.offline import forbid_network
 from bigbatch.recipes.core.process import StopFlag, die_with_parent, keep_streams_open
 from bigbatch.recipes.core.slurm_ranks import join_step
 
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    forbid_network()
     from bigbatch.recipes.core.parts import run_part  # noqa: PLC0415 - takes seconds, in which a signal may come
 
     return run_part(argv[0], Path(argv[1]), stop, Path(argv[-1]))

@@ -157,6 +157,12 @@ class Cluster:
         # Responding again, whatever it is used for by then; * marks one that does not respond.
         self.wait_for(lambda: self._node_state(node) in ("idle", "mixed", "allocated", "completing"), f"node {node}")
 
+    def run_on(self, node: str, *command: str) -> None:
+        """Run a command in what a node sees of the file system."""
+        own = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
+        process = str(self.running[f"slurmd-{node}"].pid)
+        subprocess.run(["nsenter", "--target", process, *own, "--mount", *command], check=True)
+
     def stop_controller(self) -> None:
         """Take slurmctld away; what runs on the nodes goes on."""
         self._end("slurmctld", signal.SIGTERM)

@@ -15,7 +15,7 @@ import pyarrow
 import xxhash
 
 from bigbatch.recipes.core.config import Section
-from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, is_latest, latest, locked, point_to
+from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, bundled, is_latest, latest, locked, point_to
 from bigbatch.recipes.core.data.identity import short_hash
 from bigbatch.recipes.core.data.manifest import (
     MANIFEST_FILE,
@@ -151,6 +151,9 @@ def prepare_examples(root: Path, request: Request, build: Callable[[Path], Built
 
     Where another process prepares the same, wait for it.
     """
+    if folder := bundled(root, request.settings_id):
+        _check_files(folder, read_examples(folder).files)
+        return folder
     folder = root / request.content_id
     if (folder / MANIFEST_FILE).exists() and is_latest(root, request.settings_id, request.content_id):
         _check_files(folder, read_examples(folder).files)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bigbatch.recipes.core.data.manifest import write_atomically
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.offline import is_offline
 
 VERIFIED_BYTES = 2**30  # more is not read whole at every start; sizes are compared
 
@@ -41,6 +42,14 @@ def latest(root: Path, settings_id: str) -> Path:
     if not pointer.exists():
         raise UserError("data.prepared_dir", f"{root.absolute()} holds no data for these settings; prepare them first")
     return root / pointer.read_text()
+
+
+def bundled(root: Path, settings_id: str) -> Path | None:
+    """Return what `latest` does where the run is offline: then data are taken as they were prepared elsewhere.
+
+    Their sources, if they are here at all, are copies with other paths and times.
+    """
+    return latest(root, settings_id) if is_offline() and _pointer(root, settings_id).exists() else None
 
 
 def _pointer(root: Path, settings_id: str) -> Path:

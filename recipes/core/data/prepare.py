@@ -17,13 +17,15 @@ import xxhash
 from bigbatch.recipes.core.config import Section, TokenDataSection
 from bigbatch.recipes.core.data import tokenizing
 from bigbatch.recipes.core.data.clean import clean, units
-from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, is_latest, latest, locked, point_to
+from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, bundled, is_latest, latest, locked, point_to
 from bigbatch.recipes.core.data.identity import short_hash
 from bigbatch.recipes.core.data.manifest import (
     MANIFEST_FILE,
     MANIFEST_VERSION,
     Manifest,
     Split,
+    check_sizes,
+    read_manifest,
     source_record,
     verify,
     write_atomically,
@@ -83,11 +85,13 @@ def prepare_tokens(data: TokenDataSection, progress: bool = True) -> Path:
     the same, wait for it. When sources have changed, a new folder results. One that was there is read and compared with
     its hashes unless it is large.
     """
+    root, settings_id = Path(data.prepared_dir), _settings_id(data)
+    if folder := bundled(root, settings_id):
+        check_sizes(folder, read_manifest(folder))
+        return folder
     work = _list_work(data)
     content_id = _content_id(data, work)
-    root = Path(data.prepared_dir)
     folder = root / content_id
-    settings_id = _settings_id(data)
     if (folder / MANIFEST_FILE).exists() and is_latest(root, settings_id, content_id):
         if _size_bytes(work) <= VERIFIED_BYTES:
             verify(folder)
