@@ -38,7 +38,7 @@ from bigbatch.launcher.sbatch import JobRequest, render
 from bigbatch.launcher.slurm_client import NodeGroup, SlurmAwayError, SlurmRefusedError
 from bigbatch.launcher.step_time import ERROR_FACTOR, predict_step
 from bigbatch.recipes.core.data.sources import HUGGING_FACE, as_table, locate
-from bigbatch.recipes.core.engine_config import complete
+from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.plan import ParallelPlan
 
@@ -48,6 +48,7 @@ FAST_BYTES_PER_SECOND = 5e9
 """More than a save reaches on most of the parallel file systems that there are."""
 MEMORY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 PLANS_SHOWN = 3
+DEGREES = ("tensor", "pipeline", "sequence", "expert")
 NO_MODULE_COMMAND = 99
 FIND_MODULE = """
 type module >/dev/null 2>&1 || . /etc/profile >/dev/null 2>&1
@@ -183,13 +184,11 @@ def _plan(asked: Asked) -> ParallelPlan:
     config = asked.resolved.config
     document = complete(config, asked.resolved.deepspeed, asked.ranks)
     return ParallelPlan(
-        asked.ranks // (config.parallel.tensor * config.parallel.pipeline),
-        config.parallel.tensor,
-        config.parallel.pipeline,
-        1,
-        document["zero_optimization"]["stage"],
-        document["train_micro_batch_size_per_gpu"],
-        document["gradient_accumulation_steps"],
+        count_data_ranks(config, asked.ranks),
+        **{axis: getattr(config.parallel, axis) for axis in DEGREES},
+        zero_stage=document["zero_optimization"]["stage"],
+        micro_size=document["train_micro_batch_size_per_gpu"],
+        accumulation_steps=document["gradient_accumulation_steps"],
     )
 
 

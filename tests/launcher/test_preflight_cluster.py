@@ -91,6 +91,17 @@ def test_predicted_memory_is_compared_with_the_cards():
     assert told(wrong, "memory")[0].startswith("error profile.gpus.card: found 'A1000'; there are: V100")
 
 
+def test_memory_is_that_of_the_plan(here):
+    def needed(*overrides: str) -> float:
+        findings = findings_of(GPUS, "batch.micro_size=1", *overrides, run="gpt/7b", nodes="2")
+        return float(told(findings, "memory")[0].split("about ")[1].split()[0])
+
+    whole = needed("deepspeed=zero1")
+    assert needed("deepspeed=zero1", "parallel.tensor=4") < 0.6 * whole
+    assert needed("deepspeed=zero1", "parallel.sequence=4") < whole
+    assert needed("deepspeed=zero3") < 0.8 * whole
+
+
 def test_what_needs_a_gpu_is_refused_on_nodes_without():
     quantized = ["deepspeed=zero3_quantized", "parallel.zero_stage=null", "precision.dtype=fp16"]
     assert told(findings_of({}, *quantized), "gpu")[0].startswith("error zero_optimization.zero_quantized_")
