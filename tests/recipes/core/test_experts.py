@@ -75,10 +75,13 @@ def trained(run_program, tmp_path_factory):
     documents = {name: document(model, data) for name, model in MODELS.items()}
     documents["bf16"] = document(MIXTRAL, data, precision={"dtype": "bf16"})
     documents["lamb"] = document(MIXTRAL, data, optimizer={"name": "lamb", "learning_rate": 1e-2})
+    offloading = {"version": 1, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    (out / "offloading.json").write_text(json.dumps(offloading))
+    documents["offload"] = document(MIXTRAL, data, deepspeed=str(out / "offloading.json"))
     for name, content in documents.items():
         (out / f"{name}.json").write_text(json.dumps(content))
     plans = [*AGREEING, *((name, plan) for name in ("switch", "bf16", "lamb") for plan in ("dp2", "ep2_zero1"))]
-    plans += [("lamb", "ep2_zero0"), ("bf16", "ep2_zero0")]
+    plans += [("lamb", "ep2_zero0"), ("bf16", "ep2_zero0"), ("offload", "ep2_zero2")]
     plans += [(name, plan) for name in ("dropping", "dropping_switch") for plan in ("dp2", "ep2_zero1")]
     cases = [(f"{name}_{plan}", name, plan, None) for name, plan in plans]
     cases += [("mixtral_whole", "mixtral", "ep2_zero1", None)]
@@ -271,6 +274,12 @@ def test_expert_ranks_agree_with_data_ranks_in_every_kind_of_mixture(trained, mo
     plain, found = trained / f"{model}_dp2", trained / f"{model}_ep2_zero1"
     assert values(found, "loss") == pytest.approx(values(plain, "loss"), rel=1e-5)
     assert values(found, "loss", "evaluation") == pytest.approx(values(plain, "loss", "evaluation"), rel=1e-5)
+
+
+def test_the_optimizer_of_experts_may_be_in_the_hosts_memory(trained):
+    found, one = trained / "offload_ep2_zero2", trained / "mixtral_one"
+    for name in ("loss", "grad_norm"):
+        assert values(found, name) == pytest.approx(values(one, name), rel=1e-5)
 
 
 def test_lambs_norms_are_those_of_each_expert_at_stage_0_too(trained):
