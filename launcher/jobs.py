@@ -47,6 +47,10 @@ class Status(NamedTuple):
     time_used: str | None = None
     time_limit: str | None = None
     restarts: int = 0
+    phase: str | None = None
+    """What rank 0 does, of a run that runs: data, model, restore, step, evaluate or save."""
+    idle_seconds: float | None = None
+    """For how long it has not moved on."""
     step: int | None = None
     last_step: int | None = None
     loss: float | None = None
@@ -206,7 +210,10 @@ def _status(facts: RunFacts, answers: _Answers) -> Status:
     if facts.holder and found.state not in (*LIVE, *WAITING):
         found = _of_this_host(facts)  # somebody goes on here with what was once submitted
     age = time.time() - facts.checkpoint_time if facts.checkpoint_time else None
+    is_running = found.state == "running"
     return found._replace(
+        phase=facts.phase if is_running else None,
+        idle_seconds=facts.idle_seconds if is_running else None,
         step=facts.step,
         last_step=facts.last_step,
         loss=facts.loss,
@@ -444,6 +451,7 @@ def _render_one(own: Status) -> str:
         "started": own.start,
         "time": used,
         "restarts": str(own.restarts) if own.job_id else None,
+        "phase": own.phase and own.phase + (f", for {_ago(own.idle_seconds)}" if own.idle_seconds else ""),
         "step": _step(own),
         "loss": None if own.loss is None else f"{own.loss:.4f}",
         "speed": _speed(own),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from bigbatch.recipes.core.errors import UserError, one_line
 JOB_FILE = "job.json"
 EVENTS_FILE = "job_events.jsonl"
 CANCEL_FILE = "cancel.json"
+BEAT_SECONDS = 60.0  # a rank writes one every few seconds
 TAIL_BYTES = 65536  # a run of a million steps is told by its last lines
 
 
@@ -27,6 +29,10 @@ class RunFacts(NamedTuple):
     """Those that `cancel` has ended."""
     holder: str | None
     """The process that trains in the folder, where that can be seen from here."""
+    phase: str | None
+    """What rank 0 does now: data, model, restore, step, evaluate or save."""
+    idle_seconds: float | None
+    """For how long it has not moved on."""
     step: int | None
     last_step: int | None
     """That the run is to reach."""
@@ -64,6 +70,7 @@ def read_facts(path: Path) -> RunFacts:
     run_dir = RunDir(path)
     schedule = _read_object(run_dir.run).get("schedule", {})
     step, figures = _progress(path / "metrics.jsonl")
+    beat = _fresh_beat(path / "log" / "heartbeat_rank0.json")
     checkpoint_step, checkpoint_time = _newest_checkpoint(run_dir.checkpoints)
     return RunFacts(
         path,
@@ -71,7 +78,9 @@ def read_facts(path: Path) -> RunFacts:
         read_lines(path / EVENTS_FILE),
         _read_object(path / CANCEL_FILE).get("job_ids", []),
         _holder(run_dir.lock),
-        step,
+        beat.get("phase"),
+        beat.get("idle_seconds"),
+        max(filter(None, (step, beat.get("step"))), default=step),  # a beat is seconds old, a report steps
         schedule.get("stop_step") or schedule.get("total_steps"),
         figures.get("loss"),
         figures.get("tokens_per_second"),
@@ -111,6 +120,16 @@ def _progress(path: Path) -> tuple[int | None, dict[str, Any]]:
         elif "session" in line:  # of steps after this one, an earlier session's reports no longer count
             step = line.get("step")
     return step, figures
+
+
+def _fresh_beat(path: Path) -> dict[str, Any]:
+    """Return rank 0's last sign of life, none that is old: clocks of hosts may differ by seconds."""
+    try:
+        is_fresh = abs(time.time() - path.stat().st_mtime) < BEAT_SECONDS
+    except OSError:
+        return {}
+    beat = _read_object(path) if is_fresh else {}
+    return beat if beat.get("state") == "running" else {}
 
 
 def _newest_checkpoint(folder: Path) -> tuple[int | None, float | None]:

@@ -110,6 +110,11 @@ def test_the_figures_are_those_of_the_last_report_and_the_newest_whole_checkpoin
     with (run / "metrics.jsonl").open("a") as metrics:
         metrics.write('\n{"kind": "event", "step": 30, "session": {"total_steps": 100}}\n')
     assert status_of(run).step == 30  # gone back to a checkpoint
+    beat = run / "log" / "heartbeat_rank0.json"
+    beat.write_text(json.dumps({"state": "running", "phase": "step", "step": 34, "idle_seconds": 0.5}))
+    assert status_of(run).step == 34
+    os.utime(beat, (old, old))
+    assert status_of(run).step == 30
 
 
 def test_a_table_has_a_line_a_run_and_json_has_all(tmp_path, monkeypatch, capsys):
@@ -315,11 +320,13 @@ def test_a_training_is_submitted_watched_cancelled_and_resumed(slurm, ended, tmp
     Path("tiny.json").write_text(json.dumps(document))
     assert cli.main(["submit", "tiny.json", "--profile", "test", "--run-dir", "runs/tiny"]) == 0
     job, run = capsys.readouterr().out.strip(), Path("runs/tiny")
-    slurm.wait_for(lambda: status_of(run).step or status_of(run).state in ("given_up", "failed"), "steps", 240)
+    slurm.wait_for(lambda: status_of(run).loss or status_of(run).state in ("given_up", "failed"), "steps", 240)
+    slurm.wait_for(lambda: "  loss " in (run / "log" / "rank0.txt").read_text(), "the report of them")
     found = status_of(run)
     assert (found.state, found.job_id, found.nodes, found.last_step) == ("running", job, "node[1-2]", 1_000_000)
-    assert found.loss
+    assert found.step
     assert found.tokens_per_second
+    assert found.phase
     assert found.checkpoint_step is None
     assert cli.main(["logs", str(run), "--rank", "0"]) == 0
     assert "/1,000,000  loss " in capsys.readouterr().out
