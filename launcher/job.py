@@ -39,7 +39,11 @@ AWAY_POLL_SECONDS = 5.0
 KILLED_SECONDS = 120.0  # for Slurm to end a job that it has put back into the queue
 BAD_NODE = 69  # exit status of the check of the nodes
 GONE_STATES = ("down", "fail", "power", "reboot", "error", "inval", "*")  # a star: it does not respond
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NOT_FOR_RANKS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    # With these srun would show each rank one GPU alone; a rank takes its own of the node's by its local number.
+    *("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"),
+)
 
 
 class Allocation(NamedTuple):
@@ -65,14 +69,19 @@ class Signals:
 
     def __init__(self) -> None:
         self.step: subprocess.Popen | None = None
-        self.saves = self.ends = False
+        self.saves = self.ends = self.reminded = False
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
+        signal.signal(signal.SIGUSR2, self._remind)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.ends |= number == signal.SIGTERM  # Slurm ends the job: cancelled, put back, or out of time
         os.write(2, f"{signal.Signals(number).name}: saving\n".encode())  # print may be at work where this comes
         self.save()
+
+    def _remind(self, number: int, frame: FrameType | None) -> None:
+        """Take Slurm's own word that the time limit is near, which it gives up to a minute too early or late."""
+        self.reminded = True
 
     def save(self) -> None:
         """Have the ranks save and end; srun passes the signal on to each of them."""
@@ -109,7 +118,7 @@ class Job:
     def __init__(self, run_dir: Path, job: dict[str, Any], allocation: Allocation, signals: Signals) -> None:
         self.run_dir, self.job, self.allocation, self.signals = run_dir, job, allocation, signals
         self.profile: dict[str, Any] = job["profile"]
-        self.num_nodes = 0
+        self.num_nodes, self._failed_since = 0, float("inf")
         mates = {allocation.job_id, *job["chain_job_ids"]}
         self.events = [event for event in read_events(run_dir) if event["job_id"] in mates]
 
@@ -215,7 +224,7 @@ class Job:
         if self.signals.saves:
             return EXIT_REQUEUE
         command = step_command(self.job, self.run_dir, part, self.num_nodes if num_ranks > 1 else 1, num_ranks)
-        environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
         began = time.monotonic()
         step = subprocess.Popen(command, env={**environment, EXPECTED_RANKS: str(num_ranks)}, stdin=subprocess.DEVNULL)
         self.signals.step = step
@@ -223,7 +232,7 @@ class Job:
             self.signals.save()
         while step.poll() is None:
             time.sleep(POLL_SECONDS)
-            if clock.is_time() and not self.signals.saves:
+            if not self.signals.saves and clock.is_time(self.signals.reminded):
                 _say(f"the time limit is near: saving ({clock.lead:.0f} s ahead of it)")
                 self.signals.save()
             if time.monotonic() - began > limit_seconds or self._is_over():
@@ -246,7 +255,8 @@ class Job:
         elif status not in (EXIT_DONE, EXIT_USER_ERROR, EXIT_REQUEUE):
             bad = dict.fromkeys(gone_nodes(self.allocation.nodes), "it failed while the run was on it")
             node = self._node_of(failure.get("host", ""))
-            before = next((event for event in reversed(self.events) if event["event"] == "end"), {})
+            ends = (event for event in reversed(self.events) if event["event"] == "end")
+            before = next((event for event in ends if event["step"] == newest_step(self.run_dir)), {})
             if node and "has not been heard of" in failure.get("exception", ""):
                 bad[node] = "it has not been heard of any more"
             elif node and before.get("host") == failure["host"] and self.num_nodes > 1:
@@ -359,9 +369,9 @@ class Clock:
         self._job_id, self._lead = job_id, lead
         threading.Thread(target=self._follow, daemon=True).start()
 
-    def is_time(self) -> bool:
-        """Tell whether a save has to begin now."""
-        return time.time() > self._end - self.lead
+    def is_time(self, reminded: bool) -> bool:
+        """Tell whether a save has to begin now; Slurm's reminder counts while it has not told when the end is."""
+        return time.time() > self._end - self.lead or (reminded and self._end == float("inf"))
 
     def _follow(self) -> None:
         while True:
@@ -402,8 +412,6 @@ def step_command(job: Mapping[str, Any], run_dir: Path, part: str, num_nodes: in
     ]
     if profile["cpus_per_rank"]:  # srun does not take it from the job
         command.append(f"--cpus-per-task={profile['cpus_per_rank']}")
-    if (profile["gpus"] or {}).get("ask_by") == "gpus-per-task":
-        command.append("--gpu-bind=none")  # each rank takes its own of the node's by LOCAL_RANK
     if container.get("kind") == "pyxis":
         command.append(f"--container-image={container['image']}")
         if container["mounts"]:

@@ -92,7 +92,7 @@ def _directives(profile: Profile, request: JobRequest) -> Iterator[str]:
     if request.exclude:
         yield f"exclude={','.join(request.exclude)}"
     yield f"time={request.time_limit}"
-    yield f"signal=B:USR1@{request.lead_seconds}"
+    yield f"signal=B:USR2@{request.lead_seconds}"  # USR1 is for who wants a save now
     yield "requeue" if profile.requeue and not request.is_chain else "no-requeue"
     if request.is_chain:
         yield "dependency=singleton"

@@ -101,6 +101,11 @@ RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "crash": ("start == 2 and save(5); sys.exit(9)", [], {"max_restarts": 2}),
     "fruitless": ("sys.exit(75)", [], {"max_restarts": 1}),
     "chain": ("save(start); sys.exit(75 if start < 2 else 0)", ["--chain", "3"], {}),
+    "gpus": (
+        "print(os.environ['SLURM_LOCALID'], os.environ['CUDA_VISIBLE_DEVICES'], flush=True)",
+        ["--nodes", "2"],
+        {"gpus": {"per_node": 2, "ask_by": "gpus-per-task"}},
+    ),
     "sweep": (
         "save(1 + json.load(open(run / 'run.json'))['seed']); sys.exit(75 if start == 1 and run.name == '2' else 0)",
         ["--sweep", "members.json"],
@@ -132,6 +137,13 @@ def test_a_users_mistake_is_never_requeued(slurm, runs, name, told):
     assert slurm.wait_for_state(runs[name].job_id, "COMPLETED", "FAILED") == "FAILED"
     assert [event["event"] for event in runs[name].events()] == ["start", "end", "give_up"]
     assert told in runs[name].events("give_up")[0]["reason"]
+
+
+def test_each_rank_sees_all_gpus_of_its_node_however_they_are_asked_for(slurm, runs):
+    run = runs["gpus"]
+    assert slurm.wait_for_state(run.job_id, "COMPLETED", "FAILED") == "COMPLETED"
+    told = [(run.run_dir / "log" / f"rank{rank}.txt").read_text() for rank in range(4)]
+    assert told == ["0 0,1\n", "1 0,1\n", "0 0,1\n", "1 0,1\n"]
 
 
 def test_a_crash_is_tried_again_at_once_and_given_up_when_nothing_gets_further(slurm, runs):
