@@ -199,6 +199,8 @@ class Job:
             verdict = self._after_end(verdict)
         elif verdict.action == "restart":
             verdict = self._leave_bad_nodes() or verdict
+        elif verdict.action == "requeue" and status != EXIT_REQUEUE and not self.profile["requeue"]:
+            verdict = verdict._replace(action="restart")
         return verdict
 
     @property
@@ -327,6 +329,8 @@ class Job:
                 if "pending" not in error.message.lower():  # it is back: the answer to an earlier call was lost
                     return Verdict("give_up", f"{verdict.reason}; Slurm does not requeue: {error}", verdict.status)
                 break
+        else:
+            return Verdict("give_up", f"{verdict.reason}; Slurm's controller does not answer", verdict.status)
         _say(one_line(f"back into the queue: {verdict.reason}"))
         self._exclude(job_id, KILLED_SECONDS)
         time.sleep(KILLED_SECONDS)
@@ -375,13 +379,16 @@ class Clock:
 
     def _follow(self) -> None:
         while True:
-            with contextlib.suppress(SlurmAwayError, SlurmRefusedError, ValueError):
+            pause_seconds = AWAY_POLL_SECONDS
+            with contextlib.suppress(SlurmAwayError, SlurmRefusedError):
                 facts = slurm_client.show_job(self._job_id)
-                begin, end = (
-                    datetime.fromisoformat(facts.get(f"{name}Time", "")).timestamp() for name in ("Start", "End")
-                )
-                self._end, self.lead = end, min(self._lead(), (end - begin) / 2)
-            time.sleep(60 if self._end < float("inf") else 5)
+                pause_seconds = 60.0
+                with contextlib.suppress(ValueError):  # without a limit there is no end
+                    begin, end = (
+                        datetime.fromisoformat(facts.get(f"{name}Time", "")).timestamp() for name in ("Start", "End")
+                    )
+                    self._end, self.lead = end, min(self._lead(), (end - begin) / 2)
+            time.sleep(pause_seconds)
 
 
 def decide(status: int, failure: Mapping[str, Any], fruitless: int, max_restarts: int, step: int) -> Verdict:
@@ -396,7 +403,8 @@ def decide(status: int, failure: Mapping[str, Any], fruitless: int, max_restarts
         return Verdict("give_up", f"{after}; the last: {what}", EXIT_FAILED)
     if status == EXIT_REQUEUE:
         return Verdict("requeue", f"saved at step {step}", EXIT_REQUEUE)
-    return Verdict("restart", what, EXIT_FAILED)
+    # A second failure in the same place may be the nodes': in the queue Slurm finds out, and gives others.
+    return Verdict("restart" if fruitless <= 1 else "requeue", what, EXIT_FAILED)
 
 
 def step_command(job: Mapping[str, Any], run_dir: Path, part: str, num_nodes: int, num_ranks: int) -> list[str]:
