@@ -338,8 +338,9 @@ class Job:
 
     def _exclude(self, job_id: str, patience_seconds: float = 0.0) -> None:
         """Keep a pending job off the nodes that failed; should that fail, the next start looks again."""
-        excluded = ",".join(sorted({*bad_nodes(self.run_dir), *self.job["exclude"]}))
-        if not excluded and not any(event["event"] == "node_excluded" for event in self.events):
+        excluded = ",".join(sorted(bad_nodes(self.run_dir)))
+        had = self.job["exclude"] or any(event["event"] == "node_excluded" for event in self.events)
+        if not excluded and not had:
             return
         for _ in range(1 + int(patience_seconds / POLL_SECONDS)):
             with contextlib.suppress(SlurmAwayError, SlurmRefusedError):  # it is pending only after a moment

@@ -70,7 +70,9 @@ def submit(run: str, profile: Profile, wanted: Wanted) -> int:
         return EXIT_DONE
     refuse_queued(planned_folder(run, wanted.run_dir))
     _ask_slurm(render(profile, _request(plan, planned_folder(run, wanted.run_dir), wanted)))
-    folder = RunDir(_choose(run, profile, wanted.run_dir).path.absolute())
+    is_new = wanted.run_dir is None and not RunDir(Path(run)).exists()
+    path = new_folder(profile, run_name(run)) if is_new else choose(run, wanted.run_dir).path
+    folder = RunDir(path.absolute())
     with hold(folder):
         script = _write(folder, plan, wanted)
     job_ids = [_send(folder.path, script) for _ in range(wanted.chain or 1)]
@@ -89,7 +91,7 @@ def submit_sweep(run: str, profile: Profile, wanted: Wanted, sweep: Path) -> int
         print(render(profile, request), end="")
         return EXIT_DONE
     _ask_slurm(render(profile, request))
-    parent = wanted.run_dir.absolute() if wanted.run_dir else fresh(Path("runs"), f"{run_name(run)}-sweep").absolute()
+    parent = (wanted.run_dir or new_folder(profile, f"{run_name(run)}-sweep")).absolute()
     if (parent / "0").exists():
         raise UserError("--run-dir", f"{parent} holds a sweep already; give a new folder")
     if wanted.snapshot:
@@ -175,18 +177,18 @@ def refuse_queued(run_dir: Path) -> None:
         raise UserError(str(run_dir), f"{where} for this run already; wait for it, or `bigbatch cancel` it")
 
 
-def _choose(run: str, profile: Profile, run_dir: Path | None) -> RunDir:
-    """Return the run's folder; a new one lies on the profile's scratch storage, and runs/ links to it."""
-    if run_dir is not None or profile.scratch is None or RunDir(Path(run)).exists():
-        return choose(run, run_dir)
+def new_folder(profile: Profile, name: str) -> Path:
+    """Make and return runs/NAME-N; where the profile has scratch storage, a link to a folder there."""
+    if profile.scratch is None:
+        return fresh(Path("runs"), name)
     scratch = Path(os.path.expandvars(profile.scratch)).expanduser()
     if "$" in str(scratch):
         raise UserError("scratch", f"found {profile.scratch!r}; a variable in it is not set here")
-    link = planned_folder(run, None)
-    target = fresh(scratch, link.name.rpartition("-")[0])
+    target = fresh(scratch, name)
+    link = planned_folder(name, None)
     link.parent.mkdir(exist_ok=True)
     link.symlink_to(target.absolute())
-    return RunDir(link)
+    return link
 
 
 def _request(plan: Plan, run_dir: Path, wanted: Wanted) -> JobRequest:

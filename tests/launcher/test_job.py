@@ -19,9 +19,9 @@ import pytest
 from bigbatch.launcher import cli, job
 from bigbatch.launcher.job import Verdict, decide, read_events
 from bigbatch.launcher.node_memory import bad_nodes, remember
-from bigbatch.recipes.core.errors import EXIT_REQUEUE, EXIT_USER_ERROR
-
-pytestmark = pytest.mark.slurm  # but for the last two, which need none
+from bigbatch.launcher.profiles import parse_profile
+from bigbatch.launcher.submit import new_folder
+from bigbatch.recipes.core.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 
 RANK = f"""#!{sys.executable}
 # Stands for `apptainer exec IMAGE python3 -P -m MODULE [PART] RUN_DIR`.
@@ -122,6 +122,7 @@ def runs(submit) -> dict[str, Started]:
     return {name: submit(name, code, *flags, **settings) for name, (code, flags, settings) in RUNS.items()}
 
 
+@pytest.mark.slurm
 def test_a_job_that_ends_well_is_done(slurm, runs):
     run = runs["well"]
     assert slurm.wait_for_state(run.job_id, "COMPLETED", "FAILED") == "COMPLETED"
@@ -130,6 +131,7 @@ def test_a_job_that_ends_well_is_done(slurm, runs):
     assert run.events("end")[0]["exit_status"] == 0
 
 
+@pytest.mark.slurm
 @pytest.mark.parametrize(
     ("name", "told"), [("mistake", "log/rank0.txt says"), ("mistake_of_one", "UserError: model.x: 3")]
 )
@@ -139,6 +141,7 @@ def test_a_users_mistake_is_never_requeued(slurm, runs, name, told):
     assert told in runs[name].events("give_up")[0]["reason"]
 
 
+@pytest.mark.slurm
 def test_each_rank_sees_all_gpus_of_its_node_however_they_are_asked_for(slurm, runs):
     run = runs["gpus"]
     assert slurm.wait_for_state(run.job_id, "COMPLETED", "FAILED") == "COMPLETED"
@@ -146,6 +149,7 @@ def test_each_rank_sees_all_gpus_of_its_node_however_they_are_asked_for(slurm, r
     assert told == ["0 0,1\n", "1 0,1\n", "0 0,1\n", "1 0,1\n"]
 
 
+@pytest.mark.slurm
 def test_a_crash_is_tried_again_at_once_and_given_up_when_nothing_gets_further(slurm, runs):
     run = runs["crash"]
     assert slurm.wait_for_state(run.job_id, "COMPLETED", "FAILED") == "FAILED"
@@ -156,6 +160,7 @@ def test_a_crash_is_tried_again_at_once_and_given_up_when_nothing_gets_further(s
     assert given_up["reason"] == "3 starts in a row have brought it no further than step 5; the last: exit status 9"
 
 
+@pytest.mark.slurm
 def test_what_is_saved_goes_back_into_the_queue_under_its_number_until_it_is_done(slurm, runs):
     run = runs["saved"]
     assert slurm.wait_for_state(run.job_id, "COMPLETED", "FAILED") == "COMPLETED"
@@ -163,6 +168,7 @@ def test_what_is_saved_goes_back_into_the_queue_under_its_number_until_it_is_don
     assert [event["reason"] for event in run.events("requeue")] == ["saved at step 1", "saved at step 2"]
 
 
+@pytest.mark.slurm
 def test_a_job_that_saves_nothing_new_is_given_up(slurm, runs):
     run = runs["fruitless"]
     assert slurm.wait_for_state(run.job_id, "COMPLETED", "FAILED") == "FAILED"
@@ -170,6 +176,7 @@ def test_a_job_that_saves_nothing_new_is_given_up(slurm, runs):
     assert "2 starts in a row" in run.events("give_up")[0]["reason"]
 
 
+@pytest.mark.slurm
 def test_a_chain_of_three_goes_on_where_the_job_before_it_has_saved(slurm, runs):
     jobs = runs["chain"].job_id.split()
     assert len(jobs) == 3
@@ -178,6 +185,7 @@ def test_a_chain_of_three_goes_on_where_the_job_before_it_has_saved(slurm, runs)
     assert [event["job_id"] for event in runs["chain"].events("start")] == jobs[:2]  # nothing is left for the third
 
 
+@pytest.mark.slurm
 def test_each_member_of_a_sweep_has_a_run_folder_of_its_own(slurm, runs):
     for member in range(4):
         own = Started(f"{runs['sweep'].job_id}_{member}", runs["sweep"].run_dir / str(member))
@@ -188,6 +196,7 @@ def test_each_member_of_a_sweep_has_a_run_folder_of_its_own(slurm, runs):
         assert json.loads((own.run_dir / "job.json").read_text())["sweep"]["set"] == {"seed": member}
 
 
+@pytest.mark.slurm
 def test_a_cancelled_job_does_not_come_back(slurm, submit):
     run = submit("cancelled", "until_asked(); save(7); sys.exit(75)")
     slurm.wait_for((run.run_dir / "ready0").exists, "the rank")
@@ -198,6 +207,7 @@ def test_a_cancelled_job_does_not_come_back(slurm, submit):
     assert "Slurm ended the job" in run.log()
 
 
+@pytest.mark.slurm
 def test_a_job_that_is_cancelled_through_us_saves_first(slurm, submit, capsys):
     run = submit("asked", "until_asked(); save(7); sys.exit(75)")
     slurm.wait_for((run.run_dir / "ready0").exists, "the rank")
@@ -213,6 +223,7 @@ def test_a_job_that_is_cancelled_through_us_saves_first(slurm, submit, capsys):
     slurm.run("scancel", again)
 
 
+@pytest.mark.slurm
 @pytest.mark.slow  # a minute: srun waits for the controller too
 def test_a_controller_that_is_away_is_waited_for(slurm, submit):
     run = submit("away", "save(start); until_asked() if start == 1 else None; sys.exit(75 if start == 1 else 0)")
@@ -236,6 +247,7 @@ def is_job(process: Path, run_dir: Path) -> bool:
     return b"bigbatch.launcher.job" in arguments and str(run_dir).encode() in arguments
 
 
+@pytest.mark.slurm
 def test_a_node_that_fails_the_check_is_remembered_and_left(slurm, submit):
     bad = "if part == 'check': node == 'node1' and json.dump({'bad': ['node1']}, open(run / 'node_check.json', 'w'))"
     run = submit(
@@ -250,6 +262,7 @@ def test_a_node_that_fails_the_check_is_remembered_and_left(slurm, submit):
     assert "ExcNodeList=node1" in slurm.run("scontrol", "show", "job", run.job_id)
 
 
+@pytest.mark.slurm
 def test_a_run_may_go_on_with_another_number_of_nodes_when_its_range_allows(slurm, submit):
     told = "rank or print(os.environ['SLURM_STEP_NUM_TASKS'], flush=True)"
     slurm.run("scontrol", "update", "NodeName=node[2-4]", "State=DRAIN", "Reason=test")
@@ -264,6 +277,7 @@ def test_a_run_may_go_on_with_another_number_of_nodes_when_its_range_allows(slur
     assert json.loads((run.run_dir / "deepspeed.json").read_text())["train_micro_batch_size_per_gpu"] == 8
 
 
+@pytest.mark.slurm
 def test_a_wrong_number_of_nodes_is_refused(slurm, submit, tmp_path):
     run = submit("wrong", "sys.exit()", "--nodes", "2")
     slurm.wait_for_state(run.job_id, "COMPLETED")
@@ -274,6 +288,7 @@ def test_a_wrong_number_of_nodes_is_refused(slurm, submit, tmp_path):
     assert slurm.wait_for_state(again, "COMPLETED", "FAILED") == "COMPLETED"
 
 
+@pytest.mark.slurm
 def test_two_jobs_do_not_train_in_one_folder(slurm, submit, capsys):
     run = submit("taken", "until_asked()")
     slurm.wait_for((run.run_dir / "ready0").exists, "the rank")
@@ -285,6 +300,7 @@ def test_two_jobs_do_not_train_in_one_folder(slurm, submit, capsys):
     slurm.run("scancel", run.job_id)
 
 
+@pytest.mark.slurm
 def test_a_misspelt_key_never_reaches_the_queue(slurm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = slurm.run("squeue", "-h", "-t", "all")
@@ -299,6 +315,19 @@ def test_a_misspelt_key_never_reaches_the_queue(slurm, tmp_path, monkeypatch, ca
     assert not (tmp_path / "runs").exists()
 
 
+def test_new_runs_lie_on_scratch_storage_and_runs_links_to_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FAST", str(tmp_path / "fast"))
+    profile = parse_profile({"version": 1, "scratch": "$FAST/me"})
+    for number in (1, 2):
+        folder = new_folder(profile, "gpt-quick")
+        assert folder == tmp_path / "runs" / f"gpt-quick-{number}"
+        assert folder.resolve() == tmp_path / "fast" / "me" / f"gpt-quick-{number}"
+    with pytest.raises(UserError, match="a variable in it is not set here"):
+        new_folder(parse_profile({"version": 1, "scratch": "$NOWHERE/x"}), "gpt-quick")
+
+
+@pytest.mark.slurm
 def test_a_dry_run_prints_the_script_and_changes_nothing(slurm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["submit", "gpt/quick", "--profile", "test", "--dry-run"]) == 0
