@@ -340,9 +340,7 @@ def _last_end(facts: RunFacts, job_id: str, records: list[AccountedJob]) -> str 
         told.pop()
     if told and told[-1]["event"] == "requeue":
         return told[-1].get("reason")
-    ended = [
-        record.state.lower() for record in records if record.state.lower() not in LIVE or record.state == "REQUEUED"
-    ]
+    ended = [record.state.lower() for record in records if record.state not in ("PENDING", "RUNNING")]
     return _words(ended[-1]) if ended else None
 
 
@@ -380,8 +378,8 @@ def _patience_seconds(facts: Sequence[RunFacts]) -> float:
 
 
 def _summary(facts: Sequence[RunFacts]) -> str:
-    states = [own.state for own in status([own.path for own in facts])]
-    return ", ".join(f"{_words(state)}" for state in sorted(set(states)))
+    states = {own.state for own in status([own.path for own in facts])}
+    return ", ".join(map(_words, sorted(states)))
 
 
 class _Tail:
@@ -421,13 +419,12 @@ def _written(path: Path) -> float:
 
 
 def _row(own: Status) -> tuple[str, ...]:
-    speed = _speed(own)
     return (
         own.run_dir,
         _words(own.state),
         _step(own),
         "-" if own.loss is None else f"{own.loss:.4f}",
-        speed,
+        _speed(own),
         _ago(own.checkpoint_age_seconds),
         str(own.restarts),
         own.job_id or "-",

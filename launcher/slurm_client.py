@@ -89,7 +89,7 @@ class NodeGroup(NamedTuple):
 def submit(script: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> str:
     """Submit a batch script and return the job's number.
 
-    Raises SlurmRefusedError, or SlurmAwayError: then the job may be queued all the same; `find` by its name tells.
+    Raises SlurmRefusedError, or SlurmAwayError: then the job may be queued all the same.
     """
     answer = _ask(["sbatch", "--parsable", *options, str(script)], SUBMIT_SECONDS, environment)
     return answer.strip().splitlines()[-1].partition(";")[0]  # NUMBER;CLUSTER with several clusters
@@ -120,11 +120,6 @@ def queued(job_ids: Sequence[str] = (), seconds: float = ANSWER_SECONDS) -> list
             raise
         return []
     return [_queued(line.split(FIELD_END)) for line in lines]
-
-
-def find(name: str) -> list[str]:
-    """Return the numbers of this user's jobs of one name, without a comma, that are in the queue or running."""
-    return _ask(["squeue", "--noheader", "--me", "--name", name, "-o", "%A"]).split()
 
 
 def accounted(job_ids: Sequence[str], seconds: float = ANSWER_SECONDS) -> list[AccountedJob]:
