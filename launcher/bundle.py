@@ -128,10 +128,12 @@ def _copy_whole(path: str, folder: Path) -> str:
 
 
 def _copy_prepared(prepared: Path, target: Path, moved: dict[str, str]) -> None:
-    """Copy a prepared folder, and point to it by the settings as the bundle has them."""
+    """Copy a prepared folder as one of the settings that the bundle has, and point to it by them."""
     shutil.copytree(prepared, target / prepared.name)
-    settings = _led_to_copies(read_json(prepared / "manifest.json")["data"], moved)
-    (target / f"{short_hash(settings)}.latest").write_text(prepared.name)
+    manifest = read_json(prepared / "manifest.json")
+    manifest["data"] = _led_to_copies(manifest["data"], moved)
+    write_json(target / prepared.name / "manifest.json", manifest)
+    (target / f"{short_hash(manifest['data'])}.latest").write_text(prepared.name)
 
 
 def _led_to_copies(data: dict[str, Any], moved: dict[str, str]) -> dict[str, Any]:

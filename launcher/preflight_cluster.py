@@ -37,6 +37,7 @@ from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.launcher.sbatch import JobRequest, render
 from bigbatch.launcher.slurm_client import NodeGroup, SlurmAwayError, SlurmRefusedError
 from bigbatch.launcher.step_time import ERROR_FACTOR, predict_step
+from bigbatch.recipes.core import offline
 from bigbatch.recipes.core.data.sources import HUGGING_FACE, as_table, locate
 from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError
@@ -328,7 +329,7 @@ def _prepared(asked: Asked) -> Iterator[Finding]:
     start = getattr(getattr(config, "model", None), "initialize_from", None)
     if not hasattr(data, "prepared_dir"):
         return
-    found = find_prepared(data, Path(start) if start else None)
+    found = find_prepared(data, Path(start) if start else None, _environment(asked).get(offline.VARIABLE) == "1")
     if found is None:
         message = f"{data.prepared_dir} holds no data of these settings yet: the job prepares them first"
         advice = "`bigbatch prepare` does it here"
@@ -349,11 +350,11 @@ def _offline(asked: Asked) -> Iterator[Finding]:
     for name in missing(Path()):
         message = f"{name} is not here, or not whole, and bundle.json names it"
         yield Finding("offline", "error", "bundle.json", message, "unpack the bundle again")
-    environment = {**os.environ, **asked.profile.environment}
-    if not any(environment.get(name) == "1" for name in ("BIGBATCH_OFFLINE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
+    environment = _environment(asked)
+    if not any(environment.get(name) == "1" for name in (offline.VARIABLE, *offline.LIBRARIES)):
         return
     data: Any = getattr(asked.resolved.config, "data", None)
-    if hasattr(data, "prepared_dir") and find_prepared(data):
+    if hasattr(data, "prepared_dir") and find_prepared(data, is_offline=True):
         return
     for number, source in enumerate(getattr(data, "train", ())):
         name = as_table(source).path
@@ -361,6 +362,11 @@ def _offline(asked: Asked) -> Iterator[Finding]:
             message = f"{name} is neither here nor in the cache, and the job has no network"
             advice = "`bigbatch prepare`, or `bigbatch bundle`, where there is one"
             yield Finding("offline", "error", f"data.train[{number}]", message, advice)
+
+
+def _environment(asked: Asked) -> dict[str, str]:
+    """Return the variables that the job finds, as far as they are known here."""
+    return {**os.environ, **asked.profile.environment}
 
 
 def _is_cached(name: str, environment: dict[str, str]) -> bool:

@@ -25,10 +25,11 @@ class Prepared(NamedTuple):
     size_bytes: int
 
 
-def find_prepared(data: Any, start: Path | None = None) -> Prepared | None:
+def find_prepared(data: Any, start: Path | None = None, is_offline: bool = False) -> Prepared | None:
     """Return the newest prepared folder made for these settings (a document's `data`), or None.
 
-    `start` is the folder whose tokenizer counts where a model starts from one.
+    `start` is the folder whose tokenizer counts where a model starts from one. An offline run takes data as they were
+    prepared, whatever became of their sources.
     """
     found = []
     for path in Path(data.prepared_dir).expanduser().glob("*/manifest.json"):
@@ -40,11 +41,12 @@ def find_prepared(data: Any, start: Path | None = None) -> Prepared | None:
             continue
     if not found:
         return None
-    fresh = [item for item in found if not _changes(item[2], data)]
+    fresh = [item for item in found if is_offline or not _changes(item[2], data)]
     _, folder, manifest = max(fresh or found, key=lambda item: item[0])
     files = dict(_files(manifest))
     damage = next((str(folder / name) for name, size in files.items() if _size(folder / name) != size), "")
-    return Prepared(folder, manifest["content_id"], _changes(manifest, data), damage, sum(files.values()))
+    stale = "" if is_offline else _changes(manifest, data)
+    return Prepared(folder, manifest["content_id"], stale, damage, sum(files.values()))
 
 
 def _is_of(settings: dict[str, Any], data: Any, start: Path | None) -> bool:

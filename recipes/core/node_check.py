@@ -315,13 +315,14 @@ def _beat(store: Any, rank: int) -> bytes:
 
 
 def _hosts() -> list[str]:
-    """Return the allocation's nodes in order; none outside of Slurm."""
-    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
+    """Return the step's nodes in order; none outside of Slurm."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return answer.stdout.split() if "SLURM_JOB_NODELIST" in os.environ else []
+    return answer.stdout.split() if nodes else []
 
 
 # -------------------------------------------------------------------------------------------------------------- verdict

@@ -70,7 +70,11 @@ def test_a_bundle_trains_the_same_elsewhere_without_a_network(tmp_path, monkeypa
     monkeypatch.chdir(elsewhere)
     (manifest,) = elsewhere.glob("prepared/*/manifest.json")
     before = manifest.stat()
-    offline = {"BIGBATCH_OFFLINE": "1", "OMP_NUM_THREADS": "1", "BIGBATCH_DATA": ""}
+    monkeypatch.setenv("BIGBATCH_OFFLINE", "1")
+    findings = check_run_on("document.json", [], "generic", None, None)
+    (told,) = (finding.message for finding in findings if finding.rule == "prepared")
+    assert told.startswith(f"{manifest.parent.relative_to(elsewhere)} is whole: ")
+    offline = {"OMP_NUM_THREADS": "1", "BIGBATCH_DATA": ""}
     command_line("train", "document.json", "--run-dir", "run", before=tuple(NO_NETWORK), **offline)
     assert first_loss(elsewhere / "run") == first_loss(tmp_path / "work" / "run")
     assert manifest.stat() == before  # taken as it was prepared
