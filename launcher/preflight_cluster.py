@@ -1,6 +1,8 @@
 """What can be known on a login node of a run on a cluster: the profile, the plan's memory and time, storage, software.
 
 In under three seconds and without torch: each command that is asked has a second to answer.
+
+Longer than other files: one list of findings, each of a few lines, over the same request.
 """
 
 import math

@@ -4,6 +4,8 @@ Rank 0 gathers what the ranks find over a TCP store, so that a node speaks up wh
 nothing within the limit, and judges. All ranks end with the same status: 0 all is fine; 69 a node is bad; 2 the
 mistake is the user's, as no node can do it; 1 something is wrong and no node can be blamed. RUN_DIR/node_check.json
 tells which node and why, under `bad` and `nodes`.
+
+Longer than other files: what the ranks report and how rank 0 reads it are one protocol.
 """
 
 import contextlib
