@@ -92,8 +92,9 @@ def submit(slurm, tmp_path_factory) -> Iterator[Callable[..., Started]]:
 
 # name -> (what the ranks do, flags, settings of the profile): all at work at the same time
 USER_ERROR = "json.dump({'exception': 'UserError: model.x: 3', 'exit_status': 2}, open(run / 'failure.json', 'w'))"
+ODD = 'it\'s 50% "well", $(a) é #1'  # the name of a run folder, which reaches Slurm in its directives
 RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
-    "well": ("assert part == 'train'", ["--nodes", "2"], {}),
+    ODD: ("assert part == 'train'", ["--nodes", "2"], {}),
     "saved": ("save(start); sys.exit(75 if start < 3 else 0)", [], {}),
     "mistake": ("sys.exit(2)", [], {}),
     # srun's status is the highest of all ranks': the digest has to tell.
@@ -124,8 +125,10 @@ def runs(submit) -> dict[str, Started]:
 
 @pytest.mark.slurm
 def test_a_job_that_ends_well_is_done(slurm, runs):
-    run = runs["well"]
+    run = runs[ODD]
     assert slurm.wait_for_state(run.job_id, "COMPLETED", "FAILED") == "COMPLETED"
+    assert (run.run_dir / "log" / f"slurm-{run.job_id}.out").exists()
+    assert slurm.run("squeue", "-h", "-t", "all", "-j", run.job_id, "-o", "%j") == f"{ODD}\n"
     assert [(event["event"], event["step"]) for event in run.events()] == [("start", 0), ("end", 0)]
     assert len(run.events("start")[0]["nodes"]) == run.events("start")[0]["ranks"] == 2
     assert run.events("end")[0]["exit_status"] == 0
@@ -265,16 +268,22 @@ def test_a_node_that_fails_the_check_is_remembered_and_left(slurm, submit):
 @pytest.mark.slurm
 def test_a_run_may_go_on_with_another_number_of_nodes_when_its_range_allows(slurm, submit):
     told = "rank or print(os.environ['SLURM_STEP_NUM_TASKS'], flush=True)"
-    slurm.run("scontrol", "update", "NodeName=node[2-4]", "State=DRAIN", "Reason=test")
+    wait = "start == 2 and until_asked()"
+    run = None
     try:
-        run = submit("range", f"{told}; save(start); sys.exit(75 if start == 1 else 0)", "--nodes", "1-4")
+        slurm.run("scontrol", "update", "NodeName=node[2-4]", "State=DRAIN", "Reason=test")
+        run = submit("range", f"{told}; save(start); {wait}; sys.exit(75 if start < 3 else 0)", "--nodes", "1-4")
         slurm.wait_for(lambda: run.events("requeue"), "the first start")
-    finally:
         slurm.run("scontrol", "update", "NodeName=node[2-4]", "State=RESUME")
-    assert slurm.wait_for_state(run.job_id, "COMPLETED", "FAILED") == "COMPLETED"
-    assert [event["ranks"] for event in run.events("start")] == [1, 4]
-    assert (run.run_dir / "log" / "rank0.txt").read_text().split() == ["1", "4"]
-    assert json.loads((run.run_dir / "deepspeed.json").read_text())["train_micro_batch_size_per_gpu"] == 8
+        slurm.wait_for((run.run_dir / "ready0").exists, "the second start")
+        slurm.run("scontrol", "update", "NodeName=node[3-4]", "State=DRAIN", "Reason=test")
+        slurm.run("scancel", "--signal=USR1", run.job_id)
+        assert slurm.wait_for_state(run.job_id, "COMPLETED", "FAILED") == "COMPLETED"
+    finally:
+        slurm.run("scontrol", "update", "NodeName=node[2-4]", "State=RESUME", check=False)
+    assert [event["ranks"] for event in run.events("start")] == [1, 4, 2]
+    assert (run.run_dir / "log" / "rank0.txt").read_text().split() == ["1", "4", "2"]
+    assert json.loads((run.run_dir / "deepspeed.json").read_text())["train_micro_batch_size_per_gpu"] == 16
 
 
 @pytest.mark.slurm
