@@ -35,6 +35,7 @@ by up to 1e-5 of it in deep models; a wrong weight, by more than 1e-3."""
 SHARD_BYTES = 4 * 2**30
 RECORD_FILE = "conversion.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+NAMES = {"tokens": "input_ids", "segments": "token_type_ids"}  # of the inputs, ours and transformers'
 PARITY_SAMPLES = 2
 PARITY_TOKENS = 512
 
@@ -87,8 +88,8 @@ def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 
     try:
         _write_weights(partial, reader, export.tensors, DTYPES[dtype], max_ram_bytes)
         _write_rest(partial, export, facts, dtype)
-        tokens = _real_text(recipe, config)
-        parity = compare(partial, reader, recipe, config, tokens, DTYPES[dtype], export.auto_class)
+        text = _real_text(recipe, config)
+        parity = compare(partial, reader, recipe, config, text, DTYPES[dtype], export.auto_class)
         if not parity.largest_difference <= parity.bound:
             raise UserError(
                 str(out),
@@ -111,13 +112,14 @@ def compare(
     reader: Reader,
     recipe: Any,
     config: Any,
-    tokens: np.ndarray,
+    text: dict[str, np.ndarray],
     dtype: torch.dtype,
     auto_class: str = "AutoModelForCausalLM",
 ) -> Parity:
-    """Run transformers' own model from the folder and ours from the checkpoint, in float32, on tokens [B, T].
+    """Run transformers' own model from the folder and ours from the checkpoint, in float32, on a text's tokens [B, T].
 
-    Both read their weights a module at a time; ours are rounded to `dtype`, which the folder has.
+    And with its segments [B, T] where it has such. Both read their weights a module at a time; ours are rounded to
+    `dtype`, which the folder has.
     """
     theirs = _transformers_model(folder, auto_class)
     with torch.device("meta"):
@@ -126,13 +128,20 @@ def compare(
     logits, differences = [], []
     cacheless = {"use_cache": False} if "use_cache" in inspect.signature(theirs.forward).parameters else {}
     with torch.inference_mode():
-        for row in torch.from_numpy(tokens):
-            expected = theirs(input_ids=row.unsqueeze(0), **cacheless).logits
-            found = ours(row.unsqueeze(0))
+        for row in range(len(text["tokens"])):
+            inputs = {name: torch.from_numpy(array[row : row + 1]) for name, array in text.items()}
+            named = {NAMES[name]: array for name, array in inputs.items()}
+            expected = _logits(theirs(**named, **cacheless))
+            found = ours(**inputs)
             logits.append(expected.abs().max())
             differences.append((expected - found).abs().max())
     # torch's maximum of numbers one of which is not a number is not a number; Python's may be any.
-    return Parity(float(torch.stack(differences).max()), float(torch.stack(logits).max()), tokens.size)
+    return Parity(float(torch.stack(differences).max()), float(torch.stack(logits).max()), text["tokens"].size)
+
+
+def _logits(output: Any) -> torch.Tensor:
+    """Return transformers' logits; those of a first and a last token [B, T] each as [B, T, 2]."""
+    return torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
 
 
 def _transformers_model(folder: Path, auto_class: str) -> torch.nn.Module:
@@ -238,12 +247,13 @@ def write_text(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _real_text(recipe: Any, config: Any) -> np.ndarray:
-    """Return a few validation samples [B, T] (training ones where there is no validation split)."""
+def _real_text(recipe: Any, config: Any) -> dict[str, np.ndarray]:
+    """Return tokens and segments [B, T] of a few validation samples (training ones where there is no such split)."""
     data = recipe.open_data(config)
     samples = data.validation or data.train
     ids = np.arange(min(PARITY_SAMPLES, samples.num_samples))
-    return samples.batch(ids, np.zeros_like(ids))["tokens"][:, :PARITY_TOKENS]
+    batch = samples.batch(ids, np.zeros_like(ids))
+    return {name: batch[name][:, :PARITY_TOKENS] for name in NAMES if name in batch}
 
 
 def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype: str) -> None:
@@ -260,6 +270,7 @@ def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype
         "dtype": dtype,
         "parity": parity._asdict(),
         "run": manifest["run"],
+        "facts": _model_facts(config.recipe, manifest["facts"]),
     }
     write_text(folder / RECORD_FILE, record)
     purpose = f"{config.about.purpose}\n\n" if config.about else ""
@@ -279,6 +290,12 @@ On {parity.num_tokens:,} tokens of real text, in float32, the logits of transfor
 differ from those of the model that was trained by at most {parity.largest_difference:.2e} (the largest logit is
 {parity.largest_logit:.2f}; the bound is {parity.bound:.2e}).
 """)
+
+
+def _model_facts(recipe: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what is of the model though no weight."""
+    names = recipes.further(recipes.find(recipe), "MODEL_FACTS") or ()
+    return {name: facts[name] for name in names if name in facts}
 
 
 def parse_bytes(text: str) -> int:

@@ -1,4 +1,8 @@
-"""`bigbatch predict MODEL [TEXT ...]`: what a model says of texts, to standard output in their order."""
+"""`bigbatch predict MODEL [TEXT ...]`: what a model says of texts, to standard output in their order.
+
+Where a recipe's inputs are objects (FIELDS: question and context), a line is one in JSON, a row of a table or a SQuAD
+document is one, and texts among the arguments are their fields in turns.
+"""
 
 import argparse
 import json
@@ -16,13 +20,17 @@ from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, one_line
 from bigbatch.recipes.core.run_home import enter_home
 
-Predict = Callable[[list[str]], list[dict[str, Any]]]
+Predict = Callable[[list[Any]], list[dict[str, Any]]]
+Fields = tuple[str, ...]
 
 EPILOG = """Without TEXT and --file, or with -, texts are the lines of standard input; answers come as batches fill or
 the input pauses. A line is a JSON object: text, label and probability; with --top also labels, the likeliest and
-their probabilities; where a text may have any number of labels, labels alone, those that it has. An argument that
-cannot be taken, an empty one for example, ends the command with status 2; a line of a file or of standard input gets
-an answer with the key error instead, in its place, and the number of such lines is told at the end."""
+their probabilities; where a text may have any number of labels, labels alone, those that it has. A model that answers
+questions takes QUESTION CONTEXT in turns, or a JSON object with both a line, or a file of such or in SQuAD's format; a
+line of its answers holds id (where given), question, answer, start and end (characters of the context; "" and null for
+no answer), probability, null_score (by how much no answer is better than the best), with --top also candidates. An
+argument that cannot be taken, an empty one for example, ends the command with status 2; a line of a file or of standard
+input gets an answer with the key error instead, in its place, and the number of such lines is told at the end."""
 PAUSE_SECONDS = 0.05
 BLOCK_BYTES = 2**16
 DIGITS = 6  # of a probability
@@ -30,9 +38,10 @@ MOST_OF_THE_WIDTH = 0.5  # that a table's answers may take
 
 
 class Item(NamedTuple):
-    """A text, and why it cannot be taken; empty where it can, as far as is known."""
+    """An input, and why it cannot be taken; empty where it can, as far as is known."""
 
-    text: str
+    text: Any
+    """A text, or an object with the recipe's fields."""
     problem: str = ""
 
 
@@ -43,23 +52,26 @@ def main(argv: list[str]) -> int:
         raise UserError("--file", f"is given beside the text {arguments.texts[0]!r}; give one or the other")
     file = None if arguments.file in (None, "-") else str(Path(arguments.file).expanduser().absolute())
     path = enter_home(arguments.model)  # the current folder may change here
-    if file:  # before the model is opened, which takes longer
-        batches = _batched(read_file(file, arguments.text_column), arguments.batch_size)
-    elif arguments.texts and arguments.texts != ["-"]:
-        batches = _batched(map(as_item, arguments.texts), arguments.batch_size)
-    else:
-        batches = lines_as_they_come(sys.stdin.fileno(), arguments.batch_size)
-    predict = open_predictor(path)
+    files = find_file(file) if file else []  # before the model is opened, which takes longer
+    predict, fields = open_predictor(path)
     table = arguments.format == "table" or (arguments.format is None and sys.stdout.isatty())
-    if arguments.texts and arguments.texts != ["-"]:
-        _answer_arguments(predict, batches, arguments.top, table)
+    output = Output(fields, arguments.top, table)
+    if file:
+        items = read_file(files, arguments.text_column, fields)
+        _answer_stream(predict, _batched(items, arguments.batch_size), output)
+    elif arguments.texts and arguments.texts != ["-"]:
+        _answer_arguments(predict, _batched(_as_items(arguments.texts, fields), arguments.batch_size), output)
     else:
-        _answer_stream(predict, batches, arguments.top, table)
+        lines = lines_as_they_come(sys.stdin.fileno(), arguments.batch_size)
+        _answer_stream(predict, ([_as_object(item, fields) for item in items] for items in lines), output)
     return EXIT_DONE
 
 
-def open_predictor(path: Path) -> Predict:
-    """Open a run folder, a checkpoint or a Hugging Face folder; raise UserError for a model that predicts no labels."""
+def open_predictor(path: Path) -> tuple[Predict, Fields]:
+    """Open a run folder, a checkpoint or a Hugging Face folder; raise UserError for a model that predicts nothing.
+
+    Also return of what an input consists, () where it is a text.
+    """
     import torch
 
     from bigbatch.recipes.core import recipe as recipes
@@ -85,7 +97,15 @@ def open_predictor(path: Path) -> Predict:
         raise UserError(str(path), "there is no such folder; give a run folder, a checkpoint or a Hugging Face folder")
     else:
         raise UserError(str(path), "has no run.json, no manifest.json and no config.json: no model that can be opened")
-    return recipe.predictor(config, facts, model.to(device).eval())
+    return recipe.predictor(config, facts, model.to(device).eval()), recipes.further(recipe, "FIELDS") or ()
+
+
+class Output(NamedTuple):
+    """How answers are printed."""
+
+    fields: Fields
+    top: int | None
+    is_table: bool
 
 
 def answer(predict: Predict, items: list[Item]) -> list[dict[str, Any]]:
@@ -101,7 +121,10 @@ def answer(predict: Predict, items: list[Item]) -> list[dict[str, Any]]:
 
 
 def shaped(found: dict[str, Any], top: int | None) -> dict[str, Any]:
-    """Return an answer as it is printed: the labels ranked, only as many as are asked for."""
+    """Return an answer as it is printed: labels or candidates ranked, only as many as are asked for."""
+    if "candidates" in found:
+        best = _rounded({name: value for name, value in found.items() if name != "candidates"})
+        return best | ({"candidates": [_rounded(one) for one in found["candidates"][:top]]} if top else {})
     chances = found.get("probabilities")
     if chances is None:
         return found
@@ -112,6 +135,10 @@ def shaped(found: dict[str, Any], top: int | None) -> dict[str, Any]:
         return {"labels": labels}
     best = {"label": found["label"], "probability": round(found["probability"], DIGITS)}
     return best | ({"labels": labels} if top else {})
+
+
+def _rounded(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- texts
@@ -126,17 +153,61 @@ def as_item(text: str) -> Item:
     return Item(text)
 
 
-def read_file(path: str, column: str) -> Iterator[Item]:
-    """Return the lines of a .txt, the rows of any other table; raise UserError at once where there is none."""
+def _as_items(texts: list[str], fields: Fields) -> list[Item]:
+    """Return the arguments, each a text, or the fields of objects in turns."""
+    if not fields:
+        return [as_item(text) for text in texts]
+    if len(texts) % len(fields):
+        raise UserError("TEXT", f"found {len(texts)}; right is {' and '.join(fields)}, in turns")
+    found = []
+    for begin in range(0, len(texts), len(fields)):
+        parts = [as_item(text) for text in texts[begin : begin + len(fields)]]
+        problem = next((part.problem for part in parts if part.problem), "")
+        found.append(Item(dict(zip(fields, (part.text for part in parts), strict=True)), problem))
+    return found
+
+
+def _as_object(item: Item, fields: Fields) -> Item:
+    """Return the object that a line holds, where there are fields."""
+    if not fields or item.problem:
+        return item
+    try:
+        found = json.loads(item.text)
+    except ValueError as error:
+        return item._replace(problem=f"is not JSON: {error}")
+    missing = [name for name in fields if name not in found] if isinstance(found, dict) else list(fields)
+    return item._replace(problem=f"has no {missing[0]!r}") if missing else Item(found)
+
+
+def find_file(path: str) -> list[Any]:
+    """Return the files of --file; raise UserError where there is none."""
     from bigbatch.recipes.core.config import TableSource
     from bigbatch.recipes.core.data.sources import format_of, list_files
 
-    is_text = format_of(path) == "txt"
     try:
-        files = list_files([TableSource(path=path, format="lines") if is_text else path], "")
+        return list_files([TableSource(path=path, format="lines") if format_of(path) == "txt" else path], "")
     except UserError as error:
         raise UserError("--file", error.message) from None
-    return _read_column(files, "text" if is_text else column)
+
+
+def read_file(files: list[Any], column: str, fields: Fields = ()) -> Iterator[Item]:
+    """Yield the lines of a .txt or the rows of a table: a column, or the fields, and an `id` where there is one."""
+    if fields:
+        return _read_objects(files, fields)
+    return _read_column(files, "text" if files[0].format == "lines" else column)
+
+
+def _read_objects(files: list[Any], fields: Fields) -> Iterator[Item]:
+    from bigbatch.recipes.core.data.rows import read_rows
+
+    wanted = dict.fromkeys(fields, "--file")
+    for file in files:
+        try:
+            next(read_rows(file, {"id": ""}), None)
+            columns = {"id": "--file", **wanted}
+        except UserError:
+            columns = wanted
+        yield from (Item(row.values) for row in read_rows(file, columns))
 
 
 def _read_column(files: list[Any], column: str) -> Iterator[Item]:
@@ -184,44 +255,55 @@ def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 # ------------------------------------------------------------------------------------------------------------ output
 
 
-def _answer_arguments(predict: Predict, batches: Iterator[list[Item]], top: int | None, table: bool) -> None:
+def _answer_arguments(predict: Predict, batches: Iterator[list[Item]], output: Output) -> None:
     """Answer all or, where one cannot be taken, none."""
     pairs = [pair for items in batches for pair in zip(items, answer(predict, items), strict=True)]
     for number, (_, found) in enumerate(pairs, 1):
         if "error" in found:
             raise UserError(f"TEXT {number}", found["error"])
-    _print([item for item, _ in pairs], [shaped(found, top) for _, found in pairs], table)
+    _print([item for item, _ in pairs], [found for _, found in pairs], output)
 
 
-def _answer_stream(predict: Predict, batches: Iterator[list[Item]], top: int | None, table: bool) -> None:
+def _answer_stream(predict: Predict, batches: Iterable[list[Item]], output: Output) -> None:
     begin, count, errors = time.perf_counter(), 0, 0
     for items in batches:
         found = answer(predict, items)
         count, errors = count + len(items), errors + sum("error" in one for one in found)
-        _print(items, [shaped(one, top) for one in found], table)
+        _print(items, found, output)
     seconds = time.perf_counter() - begin
     print(f"{count:,} texts in {seconds:.2f} s, {count / seconds:,.1f} texts/s", file=sys.stderr)
     if errors:
         print(f"{errors:,} of them could not be taken; their answers say why (error)", file=sys.stderr)
 
 
-def _print(items: list[Item], answers: list[dict[str, Any]], table: bool) -> None:
-    if not table:
+def _print(items: list[Item], found: list[dict[str, Any]], output: Output) -> None:
+    answers = [shaped(one, output.top) for one in found]
+    if not output.is_table:
         for item, one in zip(items, answers, strict=True):
-            print(json.dumps({"text": item.text, **one}, ensure_ascii=False))
+            print(json.dumps({**_told(item, output.fields), **one}, ensure_ascii=False))
         sys.stdout.flush()
         return
     width = shutil.get_terminal_size((100, 24)).columns
     cells = [one_line(_cell(one)) for one in answers]
     room = min(max(map(len, cells)), int(width * MOST_OF_THE_WIDTH))
     for item, cell in zip(items, cells, strict=True):
-        print(f"{_cut(cell, room):{room}}  {_cut(one_line(item.text), max(10, width - room - 2))}".rstrip())
+        text = str(list(_told(item, output.fields).values())[-1])
+        print(f"{_cut(cell, room):{room}}  {_cut(one_line(text), max(10, width - room - 2))}".rstrip())
     sys.stdout.flush()
+
+
+def _told(item: Item, fields: Fields) -> dict[str, Any]:
+    """Return what an answer's line says of its input: the text, or of an object its id and first field."""
+    if isinstance(item.text, dict):
+        return {name: item.text[name] for name in ("id", fields[0]) if name in item.text}
+    return {"text": item.text}
 
 
 def _cell(one: dict[str, Any]) -> str:
     if "error" in one:
         return f"error: {one['error']}"
+    if "answer" in one:
+        return f"{one['answer'] or '-'} {one['probability']:.1%}"
     labels = one.get("labels", [one] if "label" in one else None)
     if labels is None:
         return json.dumps(one, ensure_ascii=False)
@@ -233,13 +315,16 @@ def _cut(text: str, width: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="bigbatch predict", description="Tell of which kind texts are.", epilog=EPILOG)
+    what = "Tell of which kind texts are, or answer questions on them."
+    parser = Parser(prog="bigbatch predict", description=what, epilog=EPILOG)
     parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
-    parser.add_argument("texts", nargs="*", default=[], metavar="TEXT", help="a text; - is standard input, a line each")
-    parser.add_argument("--file", metavar="F", help="texts of a .txt (a line each), .jsonl, .csv, .tsv or .parquet")
+    texts = "a text, or QUESTION CONTEXT in turns; - is standard input, a line each"
+    parser.add_argument("texts", nargs="*", default=[], metavar="TEXT", help=texts)
+    file = "a .txt (a line each), .jsonl, .csv, .tsv or .parquet; of questions also SQuAD's .json"
+    parser.add_argument("--file", metavar="F", help=file)
     parser.add_argument("--text-column", default="text", metavar="C", help="of the file (default text)")
     parser.add_argument("--format", choices=("jsonl", "table"), help="by default a table on a terminal, else jsonl")
-    parser.add_argument("--top", type=_count, metavar="K", help="the likeliest so many labels, each with probability")
+    parser.add_argument("--top", type=_count, metavar="K", help="the likeliest so many, each with probability")
     parser.add_argument("--batch-size", type=_count, metavar="N", default=32, help="texts at once (default 32)")
     return parser
 

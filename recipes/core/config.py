@@ -63,8 +63,9 @@ class TableSource(Section):
 
     path: str
     """A file, folder, glob or `hf:NAME[:CONFIG[:SPLIT]]`; `ARCHIVE.zip!MEMBER` is a file in an archive."""
-    format: Literal["txt", "lines", "csv", "tsv", "jsonl", "parquet"] | None = None
-    """By default what the file's name ends with. `lines`: a row is a line of text, in the column `text`."""
+    format: Literal["txt", "lines", "csv", "tsv", "jsonl", "parquet", "squad", "slots"] | None = None
+    """By default what the file's name ends with. `lines`: a row is a line of text, in the column `text`. `squad`: a
+    .json document of questions; `slots`: one of utterances and the spans of their slots, each slot a question."""
     encoding: str = "utf-8"
     columns: tuple[str, ...] = ()
     """csv and tsv: the columns' names, where the first row does not hold them."""

@@ -119,7 +119,13 @@ class Recipe(Protocol):
 
 
 class Further(Protocol):
-    """Functions that a recipe module may have; `further(recipe, name)` returns one of them, or None."""
+    """Functions and constants that a recipe module may have; `further(recipe, name)` returns one of them, or None."""
+
+    MODEL_FACTS: tuple[str, ...]
+    """Facts that are of the model though no weights, and go with it; a figure of this name, found by each evaluation
+    while training, becomes one."""
+    FIELDS: tuple[str, ...]
+    """What an input of `predictor` consists of, where it is not one text; the first names it in messages."""
 
     def outputs(self, model: "torch.nn.Module", batch: Batch) -> Outputs:
         """Run the forward pass on one micro-batch for evaluation: `loss`, and what `figures` is made of."""
@@ -144,8 +150,11 @@ class Further(Protocol):
 
     def predictor(
         self, config: Any, facts: dict[str, Any], model: "torch.nn.Module"
-    ) -> Callable[[list[str]], list[dict[str, Any]]]:
-        """Return a function from texts to answers, JSON objects; it raises UserError for a text it cannot take."""
+    ) -> Callable[[list[Any]], list[dict[str, Any]]]:
+        """Return a function from inputs to answers, JSON objects; it raises UserError for an input it cannot take.
+
+        An input is a text, or an object with FIELDS.
+        """
         ...
 
     def open_folder(self, folder: Path) -> tuple[Any, dict[str, Any], "torch.nn.Module"]:
@@ -154,7 +163,7 @@ class Further(Protocol):
 
 
 def further(recipe: Any, name: str) -> Any:
-    """Return one of a recipe's further functions, or None."""
+    """Return one of a recipe's further functions or constants, or None."""
     return getattr(recipe, name, None)
 
 

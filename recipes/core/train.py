@@ -146,6 +146,7 @@ def _loop(session: Session, restored: TrainState, stop: StopFlag, phase: dict[st
             phase.update(phase="evaluate", step=state.step)
             with engine.averaged():
                 figures = _evaluate_and_sample(session, data.validation, phase)
+            data.facts.update(_model_facts(run, figures))
             state = _judge(session, state, figures)
         is_done = state.step >= last_step or _stands_still(config, state)
         ended, is_best = is_done or asked_to_stop, state.best_step == state.step
@@ -250,6 +251,7 @@ def _restore(run: Run, engine: Engine, mesh: Mesh, data: DataSplits) -> TrainSta
             f"has changed since the checkpoint of step {saved['step']} (fingerprint {data.train.fingerprint[:12]}, "
             f"was {saved['data_fingerprint'][:12]}): bring the data back, or train in a new run folder",
         )
+    data.facts.update(_model_facts(run, saved["facts"]))
     state = TrainState(**{name: saved[name] for name in TrainState._fields if name in saved})
     if saved["run"]["evaluate"].get("best_by") != run.config.evaluate.best_by:
         state = state._replace(best_value=None, best_step=0, evaluations_since_best=0)
@@ -301,6 +303,11 @@ def _judge(session: Session, state: TrainState, figures: dict[str, float]) -> Tr
         best = f"{settings.best_by} was best at step {state.best_step} ({state.best_value:.5g})"
         session.reporter.event(state.step, "ended", f"{best}; {settings.patience} evaluations did not better it")
     return state
+
+
+def _model_facts(run: Run, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what is of the model though no weight, of an evaluation's figures or a checkpoint's facts."""
+    return {name: found[name] for name in further(run.recipe, "MODEL_FACTS") or () if name in found}
 
 
 def _stands_still(config: RunConfig, state: TrainState) -> bool:

@@ -493,7 +493,8 @@ def classify(tmp_path):
         ("data.train=[]", "data.train: found []; right is 1 or more elements"),
         (
             'data.train=["a.csv",{"path":"b","format":"cvs"}]',
-            "data.train[1].format: found \"cvs\"; right is 'txt', 'lines', 'csv', 'tsv', 'jsonl' or 'parquet'; "
+            "data.train[1].format: found \"cvs\"; right is 'txt', 'lines', 'csv', 'tsv', 'jsonl', 'parquet', "
+            "'squad' or 'slots'; "
             "did you mean 'csv'?",
         ),
         ('data.train=[{"path":"b","encodin":"x"}]', "data.train[0].encodin: unknown key; did you mean 'encoding'?"),

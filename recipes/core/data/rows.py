@@ -20,6 +20,7 @@ import pyarrow.parquet
 import xxhash
 
 from bigbatch.recipes.core.data.manifest import hash_of
+from bigbatch.recipes.core.data.questions import SLOT_COLUMNS, SQUAD_COLUMNS, slot_rows, squad_rows
 from bigbatch.recipes.core.data.sources import (
     Source,
     SourceFile,
@@ -30,7 +31,12 @@ from bigbatch.recipes.core.data.sources import (
     list_files,
     load_hugging_face,
 )
-from bigbatch.recipes.core.data.stdlib_text import stdlib_docstrings, stdlib_documents
+from bigbatch.recipes.core.data.stdlib_text import (
+    QUESTION_COLUMNS,
+    stdlib_docstrings,
+    stdlib_documents,
+    stdlib_questions,
+)
 from bigbatch.recipes.core.errors import UserError
 
 TEXT_BLOCK_BYTES = 2**23  # a longer .txt file is cut at line ends into documents of about this size
@@ -159,6 +165,22 @@ def _read_json_lines(file: SourceFile, columns: Columns) -> Iterator[Row]:
             yield Row({name: row[name] for name in columns}, origin, fraction())
 
 
+def _read_questions(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    known, rows = (SQUAD_COLUMNS, squad_rows) if file.format == "squad" else (SLOT_COLUMNS, slot_rows)
+    _require(columns, known, file.path)
+    with _opened(file) as (stream, _):
+        content = stream.read()
+    try:
+        document = json.loads(content.decode(file.table.encoding).removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise _not_decoded(file, error.start) from None
+    except json.JSONDecodeError as error:
+        hint = "; `format` jsonl reads an object a line" if error.msg == "Extra data" else ""
+        raise UserError(f"{file.path}:{error.lineno}", f"is not JSON: {error}{hint}") from None
+    for values, place in rows(document, file.path):
+        yield Row({name: values[name] for name in columns}, f"{file.path}:{place}", 1.0)
+
+
 def _read_csv(file: SourceFile, columns: Columns) -> Iterator[Row]:
     csv.field_size_limit(LARGEST_FIELD_CHARACTERS)
     # Tab-separated files have no quoting: a quotation mark at the start of a field is part of the text.
@@ -210,6 +232,12 @@ def _read_docstrings(file: SourceFile, columns: Columns) -> Iterator[Row]:
         yield Row(dict(zip((TEXT_COLUMN, KIND_COLUMN), found, strict=True)), f"{file.path}:{number}", 1.0)
 
 
+def _read_stdlib_questions(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    _require(columns, QUESTION_COLUMNS, file.path)
+    for number, values in enumerate(stdlib_questions(Path(file.path)), 1):
+        yield Row({name: values[name] for name in columns}, f"{file.path}:{number}", 1.0)
+
+
 def _read_hugging_face(file: SourceFile, columns: Columns) -> Iterator[Row]:
     dataset = load_hugging_face(file.path, file.path)
     _require(columns, dataset.column_names, file.path)
@@ -229,9 +257,12 @@ _READERS: dict[str, Callable[[SourceFile, Columns], Iterator[Row]]] = {
     "csv": _read_csv,
     "tsv": _read_csv,
     "parquet": _read_parquet,
+    "squad": _read_questions,
+    "slots": _read_questions,
     "hf": _read_hugging_face,
     "stdlib": _read_stdlib,
     "docstrings": _read_docstrings,
+    "questions": _read_stdlib_questions,
 }
 
 

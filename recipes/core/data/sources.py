@@ -19,11 +19,13 @@ from bigbatch.recipes.core.config import TableSource
 from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
-PYTHON = {"python:stdlib": "stdlib", "python:docstrings": "docstrings"}  # source -> format
+# source -> format
+PYTHON = {"python:stdlib": "stdlib", "python:docstrings": "docstrings", "python:questions": "questions"}
 HUGGING_FACE = "hf:"
 DATA_ROOT_VARIABLE = "BIGBATCH_DATA"
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 _KINDS = ".txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file"
+_JSON = re.compile(r"\.json(\.gz)?$", re.IGNORECASE)  # a document where it is named; in a folder it may be anything
 _ARCHIVE_MEMBER = re.compile(r"(.+\.zip)!(.+)", re.IGNORECASE)
 
 Source = str | TableSource
@@ -37,7 +39,7 @@ class SourceFile(NamedTuple):
     size_bytes: int
     modified_ns: int
     format: str
-    """One of TableSource.format, or `hf`, `stdlib` or `docstrings`."""
+    """One of TableSource.format, or `hf`, `stdlib`, `docstrings` or `questions`."""
     table: TableSource
 
     @property
@@ -128,7 +130,8 @@ def _paths_of(table: TableSource, where: str) -> list[tuple[str, str]]:
     member = archive_and_member(table.path)[1]
     paths = []
     for path in found:
-        form = table.format or format_of(member or path.name)
+        name = member or path.name
+        form = table.format or format_of(name) or ("squad" if _JSON.search(name) else None)
         if form is None or (member and form == "parquet"):
             hint = "unpack it" if form else "`format` says how to read another"
             raise UserError(where, f"{member or path} is no {_KINDS}; {hint}")
@@ -183,9 +186,12 @@ _OPTIONS = {
     "tsv": {"format", "encoding", "columns", *_ROW_OPTIONS},
     "jsonl": {"format", "encoding", *_ROW_OPTIONS},
     "parquet": {"format", *_ROW_OPTIONS},
+    "squad": {"format", "encoding", *_ROW_OPTIONS},
+    "slots": {"format", "encoding", *_ROW_OPTIONS},
     "hf": _ROW_OPTIONS,
     "stdlib": {"constants"},
     "docstrings": _ROW_OPTIONS,
+    "questions": _ROW_OPTIONS,
 }
 
 

@@ -1,14 +1,21 @@
 """Real English text that is on every machine: the language reference and the docstrings inside Python itself."""
 
 import ast
+import re
 import sys
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+QUESTION_COLUMNS = ("id", "kind", "question", "context", "answers")
+LONGEST_SIGNATURE = 300  # characters
+MOST_PARAMETERS = 4  # asked about, of a function
+_RETURN = re.compile(r"\breturn(?:s|ing)?\s+(?P<what>[^.,;:]+)", re.IGNORECASE)
 
 
 def stdlib_files() -> list[Path]:
@@ -38,6 +45,55 @@ def stdlib_docstrings(path: Path) -> Iterator[tuple[str, str]]:
     """Yield each docstring of a file, and what it describes: module, class or function."""
     if tree := _parse(path):
         yield from _docstrings(tree)
+
+
+def stdlib_questions(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield questions on each documented function of a file; the answers follow from what Python's parser sees.
+
+    The context is the signature and the first paragraph of the docstring. What the default of each of the first
+    parameters is, which parameter stands behind it, and what the function returns. Without an answer are those for a
+    parameter that has no default, or none behind it, and where the paragraph says nothing of returning.
+    """
+    tree = _parse(path)
+    for node in ast.walk(tree) if tree else ():
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or not (docstring := ast.get_docstring(node)):
+            continue
+        signature, parameters = _signature(node)
+        if len(parameters) < 2 or len(signature) > LONGEST_SIGNATURE:  # nothing to choose among, or too much
+            continue
+        context = f"{signature}\n{' '.join(docstring.split(chr(10) * 2)[0].split())}"
+        returned = _RETURN.search(context, len(signature))
+        asked = [("return", f"What does {node.name} return?", returned and returned.span("what"))]
+        for (name, _, default), behind in zip(parameters[:MOST_PARAMETERS], [*parameters[1:], None], strict=False):
+            asked.append(("default", f"What is the default of {name}?", default))
+            asked.append(("behind", f"Which parameter stands behind {name}?", behind and behind[1]))
+        for number, (kind, question, span) in enumerate(asked):
+            answers = [{"start": span[0], "end": span[1]}] if span else []
+            values = (f"{path.name}:{node.lineno}:{number}", kind, question, context, answers)
+            yield dict(zip(QUESTION_COLUMNS, values, strict=True))
+
+
+def _signature(
+    node: ast.FunctionDef | ast.AsyncFunctionDef,
+) -> tuple[str, list[tuple[str, tuple[int, int], tuple[int, int] | None]]]:
+    """Return a function's signature, and each parameter's name with the characters of it and of its default."""
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    pairs = list(zip([*positional, *arguments.kwonlyargs], [*defaults, *arguments.kw_defaults], strict=True))
+    text, parameters = f"{node.name}(", []
+    for number, (parameter, default) in enumerate(pairs):
+        name = (len(text), len(text) + len(parameter.arg))
+        text += parameter.arg
+        span = None
+        if default is not None:
+            shown = ast.unparse(default)
+            span = (len(text) + 1, len(text) + 1 + len(shown))
+            text += f"={shown}"
+        text += ", " if number + 1 < len(pairs) else ""
+        if parameter.arg not in ("self", "cls"):
+            parameters.append((parameter.arg, name, span))
+    return f"{text})", parameters
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ WORDPIECE_SETTINGS = {
 BYTE_TOKENS = 256
 PIECE_CHARACTERS = 2**15
 GROUP_CHARACTERS = 2**19
+JOINERS = "\u200c\u200d"
 TOKENIZER_FILE, SETTINGS_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -118,6 +120,50 @@ def encode_documents(tokenizer: TextTokenizer, texts: list[str]) -> list[np.ndar
     begin = np.array([] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text], np.uint32)
     end = np.array([tokenizer.end_of_text], np.uint32)
     return [np.concatenate([begin, *itertools.islice(encoded, len(parts)), end]) for parts in cut]
+
+
+class Placed(NamedTuple):
+    """The tokens of a text without special ones, and which characters each stands for."""
+
+    tokens: np.ndarray  # uint32 [length]
+    starts: np.ndarray  # int32 [length]
+    ends: np.ndarray  # int32 [length]
+
+
+def encode_with_places(tokenizer: TextTokenizer, texts: list[str]) -> list[Placed]:
+    """Return each text's tokens with their characters, counted in Unicode code points, as `encode_documents` does.
+
+    Marks behind a token that its tokenizer has left out, an accent for example, belong to it.
+    """
+    tokenizer.tokenizer.encode_special_tokens = True
+    cut = [list(pieces(text)) for text in texts]
+    flat = [piece for parts in cut for piece in parts]
+    encodings = iter(tokenizer.tokenizer.encode_batch(flat, add_special_tokens=False))
+    found = []
+    for text, text_pieces in zip(texts, cut, strict=True):
+        parts, begin = [], 0
+        for piece, encoding in zip(text_pieces, encodings, strict=False):
+            places = np.array(encoding.offsets, np.int32).reshape(-1, 2) + begin
+            parts.append((np.array(encoding.ids, np.uint32), places))
+            begin += len(piece)
+        places = np.concatenate([places for _, places in parts])
+        ends = _with_marks(text, places[:, 0], places[:, 1])
+        found.append(Placed(np.concatenate([tokens for tokens, _ in parts]), places[:, 0].copy(), ends))
+    return found
+
+
+def _with_marks(text: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Move each end behind the combining characters and joiners that follow it."""
+    moved = ends.copy()
+    for number in np.flatnonzero(np.append(starts[1:], len(text)) > ends):
+        limit = starts[number + 1] if number + 1 < len(starts) else len(text)
+        while moved[number] < limit and _belongs_to_the_left(text[moved[number]]):
+            moved[number] += 1
+    return moved
+
+
+def _belongs_to_the_left(character: str) -> bool:
+    return unicodedata.category(character).startswith("M") or character in JOINERS
 
 
 def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str, where: str) -> list[int]:

@@ -14,6 +14,7 @@ from bigbatch.recipes.core.data.tokenizing import (
     PIECE_CHARACTERS,
     UNKNOWN,
     encode_documents,
+    encode_with_places,
     fingerprint,
     load_tokenizer,
     make_tokenizer,
@@ -198,3 +199,38 @@ def test_berts_own_vocabulary_gives_its_own_tokens(tmp_path, real_data):
     ours = make_tokenizer(TokenizerSection(kind="pretrained", path=str(given_folder)), [], out)
     assert (ours.vocabulary_size, ours.begin_of_text, ours.end_of_text) == (30522, 101, 102)
     assert encode_documents(ours, ["Hello, world!"])[0].tolist() == [101, 7592, 1010, 2088, 999, 102]
+
+
+MARKED = "Cafe\u0301 a\u0308ndert Ünïcode; 漢字 नमस्ते \U0001f469\u200d\U0001f680 fin"
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_each_token_stands_for_its_characters_whatever_becomes_of_them(tmp_path, lowercase):
+    section = TokenizerSection(kind="wordpiece", vocabulary_size=200, lowercase=lowercase)
+    ours = make_tokenizer(section, [MARKED], tmp_path)
+    (placed,) = encode_with_places(ours, [MARKED])
+    assert placed.tokens.tolist() == encode_documents(ours, [MARKED])[0][1:-1].tolist()
+    covered = {place for start, end in zip(placed.starts, placed.ends, strict=True) for place in range(start, end)}
+    assert {place for place, character in enumerate(MARKED) if not character.isspace()} == covered
+    for word in ("Cafe\u0301", "a\u0308ndert", "Ünïcode", "नमस्ते", "fin"):
+        start = MARKED.index(word)
+        assert start in placed.starts
+        assert start + len(word) in placed.ends
+
+
+def test_places_in_a_long_text_are_those_of_the_whole(tmp_path):
+    words = [f"w{number % 977}\u0301" for number in range(3 * PIECE_CHARACTERS // 5)]
+    text = " ".join(words)
+    ours = make_tokenizer(TokenizerSection(kind="wordpiece", vocabulary_size=300), [text[:20_000]], tmp_path)
+    assert len(list(pieces(text))) > 1
+    (placed,) = encode_with_places(ours, [text])
+    begins = {0, *np.cumsum([len(word) + 1 for word in words[:-1]]).tolist()}
+    ends = {begin + len(word) for begin, word in zip(sorted(begins), words, strict=True)}
+    assert begins <= set(placed.starts.tolist())
+    assert ends <= set(placed.ends.tolist())
+    assert (placed.starts[1:] >= placed.ends[:-1]).all()
+
+
+def test_a_text_without_a_token_has_no_places(tmp_path):
+    ours = make_tokenizer(TokenizerSection(kind="wordpiece", vocabulary_size=100), ["some text"], tmp_path)
+    assert [len(placed.tokens) for placed in encode_with_places(ours, ["", " \u200b", "text"])] == [0, 0, 1]
