@@ -42,7 +42,7 @@ class Context(NamedTuple):
 
     rotary: torch.Tensor | None  # [2, B or 1, T, 1, E / 2]
     mask: torch.Tensor | None  # [B, T, T], None: every token sees its whole row
-    sequence: Axis  # of the ranks that the tokens are divided over
+    sequence: Axis = ALONE  # of the ranks that the tokens are divided over
 
 
 class MaskedLanguageModel(nn.Module):
