@@ -185,7 +185,8 @@ class Job:
         (self.run_dir / "failure.json").unlink(missing_ok=True)
         self._failed_since = float("inf")
         (self.run_dir / "log").mkdir(exist_ok=True)
-        status = self._check_nodes(clock)
+        checks = self.profile["check_nodes"]
+        status = self._step("check", self._num_ranks, clock, CHECK_SECONDS) if checks else EXIT_DONE
         if status == EXIT_DONE and not newest_step(self.run_dir):
             status = self._step("prepare", 1, clock)
         if status == EXIT_DONE:
@@ -215,11 +216,6 @@ class Job:
                 break
             count += event["event"] == "start"
         return count
-
-    def _check_nodes(self, clock: "Clock") -> int:
-        if not self.profile["check_nodes"]:
-            return EXIT_DONE
-        return self._step("check", self._num_ranks, clock, CHECK_SECONDS)
 
     def _step(self, part: str, num_ranks: int, clock: "Clock", limit_seconds: float = float("inf")) -> int:
         """Run one part on all ranks and return its exit status: srun's, which is the highest of theirs."""
@@ -348,7 +344,7 @@ class Job:
                 break
             time.sleep(POLL_SECONDS)
 
-    def _note(self, event: str, **facts: Any) -> dict[str, Any]:
+    def _note(self, event: str, **facts: Any) -> None:
         """Add an event to the folder's."""
         line = {
             "event": event,
@@ -363,7 +359,6 @@ class Job:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        return line
 
 
 class Clock:

@@ -94,7 +94,7 @@ def train(slurm, tmp_path_factory) -> Iterator[Callable[..., Training]]:
 
     def submit(name: str, *flags: str, nodes: str = "") -> Training:
         options = {"nodelist": nodes} if nodes else {}
-        (folder / f"{name}_on.json").write_text(json.dumps({**shipped, "memory": "900", "options": options}))
+        (folder / f"{name}_on.json").write_text(json.dumps({**shipped, "options": options}))
         command = ["submit", "run.json", "--profile", f"{name}_on.json", "--run-dir", name, *flags]
         with contextlib.redirect_stdout(io.StringIO()) as said:
             assert cli.main(command) == 0
