@@ -1,5 +1,6 @@
 """What a run will be, computed from documents and the heads of files: parameters, bytes of a checkpoint. No torch."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from bigbatch.recipes.core.data.sources import locate
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, padded_vocabulary
 
-ASSUMED_CHARACTERS = 256  # how many different ones a text has is not known before it is read
+ASSUMED_CHARACTERS, ASSUMED_WORDS = 256, 30_000  # how many different ones a text has is not known before it is read
 
 OUTER_BYTES = 8
 """A parameter's, of ranks that train alone (recipes/core/local_sgd.py): that of the last meeting, and momentum."""
@@ -20,6 +21,11 @@ _MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "adamw_8bit": 2, "lion": 1, "adagr
 
 def count_parameters(model: Any, vocabulary_size: int, num_labels: int = 0) -> int:
     """Count the parameters of a model's section, tied embeddings once, and of a head for labels where there are any."""
+    if getattr(model, "kind", None) == "ngram":
+        return 3 * model.order
+    if getattr(model, "kind", None) == "rnn":
+        widths = [model.embedding_size, *(model.num_layers - 1) * [model.hidden_size], model.embedding_size]
+        return (widths[0] + 1) * vocabulary_size + _recurrent(model.cell, widths)
     if hasattr(model, "backbone"):
         backbone, features = _backbone(model, vocabulary_size)
         return backbone + (features + 1) * num_labels
@@ -46,6 +52,12 @@ def _backbone(model: Any, vocabulary_size: int) -> tuple[int, int]:
     inputs = [size] + [directions * model.hidden_size] * (model.num_layers - 1)
     layers = sum(directions * gates * model.hidden_size * (width + model.hidden_size + 2) for width in inputs)
     return embeddings + layers, directions * model.hidden_size
+
+
+def _recurrent(cell: str, widths: list[int]) -> int:
+    """Count layers of one direction of these widths, the first the inputs' own."""
+    gates = 4 if cell == "lstm" else 3
+    return sum(gates * width * (before + width + 2) for before, width in itertools.pairwise(widths))
 
 
 def _encoder(model: EncoderSection, vocabulary_size: int) -> int:
@@ -157,6 +169,8 @@ def vocabulary_size(tokenizer: TokenizerSection) -> int:
         return ASSUMED_CHARACTERS
     if tokenizer.kind in ("bpe", "wordpiece"):
         return tokenizer.vocabulary_size or 0
+    if tokenizer.kind == "word":
+        return tokenizer.vocabulary_size or ASSUMED_WORDS
     path = locate(tokenizer.path or "")
     return _size_of_file(path / "tokenizer.json" if path.is_dir() else path)
 

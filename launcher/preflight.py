@@ -375,7 +375,7 @@ def parameters_of(config: Any) -> Parameters | None:
         return Parameters(look_at_start(Path(model.initialize_from).expanduser()).parameters, False)
     labels = len(getattr(data, "labels", ())) or getattr(config, "num_outputs", 0)
     labels = labels or 2 * (getattr(config, "sentence_task", "none") != "none")
-    is_exact = data.tokenizer.kind != "character" and (labels > 0 or not hasattr(model, "backbone"))
+    is_exact = data.tokenizer.kind not in ("character", "word") and (labels > 0 or not hasattr(model, "backbone"))
     return Parameters(count_parameters(model, vocabulary_size(data.tokenizer), labels), is_exact)
 
 

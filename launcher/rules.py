@@ -155,7 +155,20 @@ def _scales_dynamically(run: RunConfig) -> bool:
 
 
 def _trains_a_tokenizer(run: Any) -> bool:
-    return run.data.tokenizer.kind in ("bpe", "wordpiece")
+    return run.data.tokenizer.kind in ("bpe", "wordpiece", "word")
+
+
+def _has_words(run: Any) -> bool:
+    return run.data.tokenizer.kind in ("wordpiece", "word")
+
+
+def _attends(run: Any) -> bool:
+    return getattr(run.model, "backbone", None) != "rnn" and getattr(run.model, "kind", None) not in ("rnn", "ngram")
+
+
+def _has_inner_layers(run: Any) -> bool:
+    """Of a recurrent network whose last layer is as wide as its embedding."""
+    return getattr(run.model, "kind", None) != "rnn" or run.model.num_layers > 1
 
 
 def _is_rotary(model: Any) -> bool:
@@ -203,9 +216,13 @@ _EFFECTS = (
         "data.validation_split", lambda run: run.data.validation_fraction > 0, "a data.validation_fraction above 0"
     ),
     _Effect("data.tokenizer.path", lambda run: run.data.tokenizer.kind == "pretrained", "kind pretrained"),
-    _Effect("data.tokenizer.vocabulary_size", _trains_a_tokenizer, "kind bpe or wordpiece"),
-    _Effect("data.tokenizer.train_characters", _trains_a_tokenizer, "kind bpe or wordpiece"),
-    _Effect("data.tokenizer.lowercase", lambda run: run.data.tokenizer.kind == "wordpiece", "kind wordpiece"),
+    _Effect("data.tokenizer.vocabulary_size", _trains_a_tokenizer, "kind bpe, wordpiece or word"),
+    _Effect("data.tokenizer.train_characters", _trains_a_tokenizer, "kind bpe, wordpiece or word"),
+    _Effect("data.tokenizer.lowercase", _has_words, "kind wordpiece or word"),
+    _Effect("data.tokenizer.words", lambda run: run.data.tokenizer.kind == "word", "kind word"),
+    _Effect("data.context_length", lambda run: run.model.kind == "rnn", "model.kind rnn"),
+    _Effect("model.hidden_size", _has_inner_layers, "a num_layers above 1"),
+    _Effect("model.hidden_dropout", _has_inner_layers, "a num_layers above 1"),
     _Effect("model.rope_theta", lambda run: _is_rotary(run.model), "rotary positions"),
     _Effect("model.encoder.rope_theta", lambda run: _is_rotary(run.model.encoder), "rotary positions"),
     _Effect("model.initializer_range", lambda run: run.model.initialize_from is None, "weights drawn here"),
@@ -218,7 +235,7 @@ _EFFECTS = (
     _Effect("data.on_leak", _has_held_out, "validation or test rows"),
     _Effect("data.label_separator", lambda run: run.data.multi_label, "data.multi_label"),
     _Effect("objective.threshold", lambda run: run.data.multi_label, "data.multi_label"),
-    _Effect("data.packing", lambda run: getattr(run.model, "backbone", "") != "rnn", "a backbone that attends"),
+    _Effect("data.packing", _attends, "a model that attends"),
     _Effect("model.keep_head", _starts_from_another, "model.initialize_from"),
     _Effect("model.redraw_layers", _starts_from_another, "model.initialize_from"),
     _Effect("sample.top_k", lambda run: run.sample.temperature > 0, "a sample.temperature above 0"),

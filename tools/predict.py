@@ -28,12 +28,14 @@ the input pauses. A line is a JSON object: text, label and probability; with --t
 their probabilities; where a text may have any number of labels, labels alone, those that it has. A model that answers
 questions takes QUESTION CONTEXT in turns, or a JSON object with both a line, or a file of such or in SQuAD's format; a
 line of its answers holds id (where given), question, answer, start and end (characters of the context; "" and null for
-no answer), probability, null_score (by how much no answer is better than the best), with --top also candidates. An
-argument that cannot be taken, an empty one for example, ends the command with status 2; a line of a file or of standard
-input gets an answer with the key error instead, in its place, and the number of such lines is told at the end."""
+no answer), probability, null_score (by how much no answer is better than the best), with --top also candidates. A model
+of the next word gives words, the likeliest behind the text. An argument that cannot be taken, an empty one for example,
+ends the command with status 2; a line of a file or of standard input gets an answer with the key error instead, in its
+place, and the number of such lines is told at the end."""
 PAUSE_SECONDS = 0.05
 BLOCK_BYTES = 2**16
 DIGITS = 6  # of a probability
+NEXT_WORDS = 5  # that are shown unless --top says how many
 MOST_OF_THE_WIDTH = 0.5  # that a table's answers may take
 
 
@@ -121,10 +123,12 @@ def answer(predict: Predict, items: list[Item]) -> list[dict[str, Any]]:
 
 
 def shaped(found: dict[str, Any], top: int | None) -> dict[str, Any]:
-    """Return an answer as it is printed: labels or candidates ranked, only as many as are asked for."""
+    """Return an answer as it is printed: labels, candidates or next words ranked, only as many as are asked for."""
     if "candidates" in found:
         best = _rounded({name: value for name, value in found.items() if name != "candidates"})
         return best | ({"candidates": [_rounded(one) for one in found["candidates"][:top]]} if top else {})
+    if words := found.get("words"):
+        return {"words": [{"word": word, "probability": round(p, DIGITS)} for word, p in words[: top or NEXT_WORDS]]}
     chances = found.get("probabilities")
     if chances is None:
         return found
@@ -304,6 +308,8 @@ def _cell(one: dict[str, Any]) -> str:
         return f"error: {one['error']}"
     if "answer" in one:
         return f"{one['answer'] or '-'} {one['probability']:.1%}"
+    if "words" in one:
+        return ", ".join(f"{item['word']!r} {item['probability']:.1%}" for item in one["words"])
     labels = one.get("labels", [one] if "label" in one else None)
     if labels is None:
         return json.dumps(one, ensure_ascii=False)
@@ -315,7 +321,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    what = "Tell of which kind texts are, or answer questions on them."
+    what = "Tell of which kind texts are, answer questions on them, or say how they go on."
     parser = Parser(prog="bigbatch predict", description=what, epilog=EPILOG)
     parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
     texts = "a text, or QUESTION CONTEXT in turns; - is standard input, a line each"

@@ -34,9 +34,9 @@ def prepare(config: BertPretrainConfig) -> Path:
 
 
 def open_data(config: BertPretrainConfig) -> DataSplits:
-    """Map the token shards into memory; there is no validation split where the document names none.
+    """Map the token shards into memory; there is no validation or test split where the document names none.
 
-    The validation samples are masked as in epoch 0, whenever they are looked at.
+    Their samples are masked as in epoch 0, whenever they are looked at.
     """
     data = config.data
     folder = prepared_folder(data)
@@ -59,7 +59,8 @@ def open_data(config: BertPretrainConfig) -> DataSplits:
         "train_samples": train.num_samples,
     }
     _prompts(config, load_tokenizer(folder).tokenizer, vocabulary.mask)  # a useless prompt is told now, not hours later
-    return DataSplits(train, masked("validation") if data.validation or data.validation_fraction else None, facts)
+    validation = masked("validation") if data.validation or data.validation_fraction else None
+    return DataSplits(train, validation, facts, masked("test") if data.test else None)
 
 
 def build_model(

@@ -28,6 +28,7 @@ from bigbatch.recipes.core.layers import (
 )
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Block, Context
+from bigbatch.recipes.core.models.recurrent import recurrent
 
 INITIALIZER_RANGE = 0.02
 EMBEDDING_RANGE = 0.1
@@ -125,11 +126,11 @@ class RecurrentBackbone(nn.Module):
         self.pooling = section.pooling
         self.feature_size = section.hidden_size * (2 if section.bidirectional else 1)
         self.embed = TokenEmbedding(section, vocabulary_size)
-        self.layers = (LSTM if section.cell == "lstm" else GRU)(
+        self.layers = recurrent(
+            section.cell,
             section.embedding_size,
             section.hidden_size,
-            section.num_layers,
-            batch_first=True,
+            num_layers=section.num_layers,
             dropout=section.dropout if section.num_layers > 1 else 0.0,
             bidirectional=section.bidirectional,
         )
@@ -154,25 +155,3 @@ class RecurrentBackbone(nn.Module):
         if self.pooling == "max":
             return states.amax(1)
         return states.sum(1) / lengths.to(states).unsqueeze(1)
-
-
-class LSTM(nn.LSTM):
-    """PyTorch's, drawn in float32 whatever the dtype."""
-
-    def reset_parameters(self) -> None:
-        """Draw the weights."""
-        _draw_recurrent(self)
-
-
-class GRU(nn.GRU):
-    """PyTorch's, drawn in float32 whatever the dtype."""
-
-    def reset_parameters(self) -> None:
-        """Draw the weights."""
-        _draw_recurrent(self)
-
-
-def _draw_recurrent(layers: nn.RNNBase) -> None:
-    """Draw normal numbers of the variance that PyTorch's uniform ones have."""
-    for weight in layers.parameters():
-        draw(weight, (3 * layers.hidden_size) ** -0.5)

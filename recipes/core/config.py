@@ -46,16 +46,19 @@ class CleanSection(Section):
 class TokenizerSection(Section):
     """Where the tokenizer comes from."""
 
-    kind: Literal["bpe", "wordpiece", "character", "pretrained"] = "bpe"
-    """bpe: on bytes, as GPT-2's. wordpiece: as BERT's, each document between [CLS] and [SEP]."""
+    kind: Literal["bpe", "wordpiece", "word", "character", "pretrained"] = "bpe"
+    """bpe: on bytes, as GPT-2's. wordpiece: as BERT's, each document between [CLS] and [SEP]. word: whole words and
+    line ends; a word not known is <unk>."""
     path: str | None = None
     """A tokenizer.json, or a folder that holds one; for kind `pretrained` alone."""
     vocabulary_size: PositiveInt | None = None
-    """How many tokens a `bpe` or `wordpiece` trained here may have."""
+    """How many tokens a `bpe` or `wordpiece` trained here may have; a `word`: the commonest, by default all words."""
     lowercase: bool = True
-    """wordpiece: small letters without accents."""
+    """wordpiece: small letters without accents. word: small letters."""
+    words: Literal["punctuation", "spaces"] = "punctuation"
+    """word: what a word ends at. `spaces` alone where the text has been cut into words already."""
     train_characters: PositiveInt = 200_000_000
-    """A `bpe` or `wordpiece` is trained on the first this many characters of the training texts."""
+    """A `bpe`, `wordpiece` or `word` is trained on the first this many characters of the training texts."""
 
 
 class TableSource(Section):
@@ -90,6 +93,8 @@ class TokenDataSection(Section):
     """Cut from the training texts when there are no validation sources."""
     validation_split: Literal["document", "tail"] = "document"
     """`document`: whole documents, chosen by hash. `tail`: the last part of each document."""
+    test: tuple[str | TableSource, ...] = ()
+    """Looked at by `bigbatch evaluate --split test` alone."""
     text_key: str = "text"
     """Column that holds the text in .jsonl, .csv, .tsv, .parquet and Hugging Face data."""
     clean: CleanSection = CleanSection()

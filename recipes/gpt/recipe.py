@@ -33,13 +33,14 @@ def prepare(config: GptConfig) -> Path:
 
 
 def open_data(config: GptConfig) -> DataSplits:
-    """Map the token shards into memory; there is no validation split where the document names none."""
+    """Map the token shards into memory; there is no validation or test split where the document names none."""
     data = config.data
     folder = prepared_folder(data)
     train = TokenSamples(folder, "train", data.sequence_length, data.packing)
-    validation = None
-    if data.validation or data.validation_fraction:
-        validation = TokenSamples(folder, "validation", data.sequence_length, data.packing)
+
+    def judged(split: str) -> TokenSamples:
+        return TokenSamples(folder, split, data.sequence_length, data.packing)
+
     facts = {
         "vocabulary_size": train.vocabulary_size,
         "tokenizer": str(train.tokenizer_folder),
@@ -48,7 +49,8 @@ def open_data(config: GptConfig) -> DataSplits:
         "train_samples": train.num_samples,
     }
     _prompts(config, load_tokenizer(folder).tokenizer)  # a prompt that cannot be used is told now, not hours later
-    return DataSplits(train, validation, facts)
+    validation = judged("validation") if data.validation or data.validation_fraction else None
+    return DataSplits(train, validation, facts, judged("test") if data.test else None)
 
 
 def build_model(

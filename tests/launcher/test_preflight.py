@@ -430,6 +430,34 @@ def test_a_classifiers_parameters_are_counted_without_building_it(classify, here
     assert count_parameters(config.model, 500, 3) == sum(parameter.numel() for parameter in built.parameters())
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"kind": "ngram", "order": 4},
+        {"kind": "rnn", "embedding_size": 12},
+        {"kind": "rnn", "cell": "gru", "embedding_size": 12, "hidden_size": 20, "num_layers": 3},
+    ],
+)
+def test_the_parameters_of_a_model_of_the_next_word_are_counted_without_building_it(here, model):
+    from bigbatch.recipes.next_word.recipe import build_model
+
+    (here / "text.txt").write_text("some words\n")
+    document = {
+        "version": 1,
+        "recipe": "next_word",
+        "model": model,
+        "data": {"train": ["text.txt"], "tokenizer": {"kind": "word", "vocabulary_size": 500}},
+        "batch": {"global_size": 10},
+        "optimizer": {"learning_rate": 0.001},
+        "schedule": {"total_steps": 30},
+    }
+    (here / "run.json").write_text(json.dumps(document))
+    assert told(check_run("run.json", [], 1)) == []
+    config = resolve("run.json").config
+    built = build_model(config, {"vocabulary_size": 500, "discounts": [[0.5, 1.0, 1.5]] * 4}, initialize=False)
+    assert count_parameters(config.model, 500) == sum(parameter.numel() for parameter in built.parameters())
+
+
 def start_from(folder, **settings):
     return {"backbone": "encoder", "initialize_from": str(folder), **settings}
 

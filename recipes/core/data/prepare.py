@@ -38,12 +38,12 @@ from bigbatch.recipes.core.data.tokenizing import TextTokenizer
 from bigbatch.recipes.core.data.writer import ShardWriter, WriterState
 from bigbatch.recipes.core.errors import UserError
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 2**20
 JOURNAL_SECONDS = 10.0  # the most work that an interruption costs
 JOURNAL_FILE, SEEN_FILE = "journal.json", "seen.sqlite"
 # How samples are cut is decided when the shards are opened, so these change nothing here.
-NOT_CONTENT = {"prepared_dir", "sequence_length", "packing"}
+NOT_CONTENT = {"prepared_dir", "sequence_length", "context_length", "packing"}
 
 
 class Work(NamedTuple):
@@ -117,10 +117,13 @@ def prepared_folder(data: TokenDataSection) -> Path:
 
 def _list_work(data: TokenDataSection) -> list[Work]:
     train = list_files(data.train, "data.train")
-    validation = list_files(data.validation, "data.validation")
-    if path := shared_file(train, validation):
-        raise UserError("data.validation", f"holds {path}, which data.train holds too")
-    return [Work(file, TRAIN) for file in train] + [Work(file, VALIDATION) for file in validation]
+    work = [Work(file, TRAIN) for file in train]
+    for split in (VALIDATION, TEST):
+        files = list_files(getattr(data, split), f"data.{split}")
+        if path := shared_file(train, files):
+            raise UserError(f"data.{split}", f"holds {path}, which data.train holds too")
+        work += [Work(file, split) for file in files]
+    return work
 
 
 def _settings_id(data: TokenDataSection) -> str:
@@ -161,7 +164,7 @@ def _build(folder: Path, data: TokenDataSection, work: list[Work], progress: boo
 def _first_journal() -> Journal:
     counts = {"read": 0, "too_short": 0, "duplicate": 0}
     start = Position(num_files=0, num_documents=0, file_hashes=(), counts=counts)
-    return Journal(position=start, writers={TRAIN: WriterState(), VALIDATION: WriterState()})
+    return Journal(position=start, writers={split: WriterState() for split in SPLITS})
 
 
 def _dtype(tokenizer: TextTokenizer) -> Literal["uint16", "uint32"]:
@@ -225,7 +228,7 @@ def _tokenizer(folder: Path, data: TokenDataSection, work: list[Work], progress:
 
 def _tokenizer_texts(data: TokenDataSection, work: list[Work], show: Callable[[float, str], None]) -> Iterator[str]:
     """Yield what a tokenizer is trained on: the training texts, and all texts to know every character."""
-    wanted = {TRAIN, VALIDATION} if data.tokenizer.kind == "character" else {TRAIN}
+    wanted = SPLITS if data.tokenizer.kind == "character" else (TRAIN,)
     done_bytes = 0
     for item in work:
         for document in read_documents(item.file, data.text_key):
@@ -280,7 +283,7 @@ def _parts(text: str | None, split: str, data: TokenDataSection) -> list[tuple[s
     """Cut a document of the training sources into what trains and what validates; a pure function of its text."""
     if text is None:
         return []
-    if split == VALIDATION or data.validation or not data.validation_fraction:
+    if split != TRAIN or data.validation or not data.validation_fraction:
         return [(split, text)]
     if data.validation_split == "document":
         chosen = xxhash.xxh3_64_intdigest(text.encode()) < data.validation_fraction * 2**64
@@ -305,8 +308,9 @@ def _check_splits(data: TokenDataSection, manifest: Manifest) -> None:
     if TRAIN not in manifest.splits:
         counts = ", ".join(f"{count} {name}" for name, count in manifest.counts.items())
         raise UserError("data.train", f"no text is left to train on (documents: {counts})")
-    if data.validation and VALIDATION not in manifest.splits:
-        raise UserError("data.validation", "no text is left to validate on")
+    for split in (VALIDATION, TEST):
+        if getattr(data, split) and split not in manifest.splits:
+            raise UserError(f"data.{split}", "no text is left in it")
     if data.validation_fraction and VALIDATION not in manifest.splits:
         found = f"is {data.validation_fraction}, and none of {manifest.counts['read']} documents fell to it"
         raise UserError("data.validation_fraction", f"{found}; 'tail' for data.validation_split cuts each document")

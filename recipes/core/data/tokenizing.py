@@ -21,6 +21,7 @@ from bigbatch.recipes.core.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
+UNKNOWN_WORD = "<unk>"  # as texts with rare words replaced spell it: there it is a word like others
 # What a brought tokenizer without a configuration may call the end of a text, the most telling name first.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 DEFAULT_VOCABULARY_SIZE = 32_768
@@ -65,7 +66,7 @@ def make_tokenizer(
     A `character` tokenizer, too, sees no more than `train_characters`; where there are more, or the texts are not all
     that it is for, it has a token for unknown characters, else none.
     """
-    if section.kind not in ("bpe", "wordpiece") and section.vocabulary_size is not None:
+    if section.kind not in ("bpe", "wordpiece", "word") and section.vocabulary_size is not None:
         raise UserError("data.tokenizer.vocabulary_size", f"has no effect on kind {section.kind!r}; remove it")
     if section.kind != "pretrained" and section.path is not None:
         raise UserError("data.tokenizer.path", f"has no effect on kind {section.kind!r}; remove it")
@@ -76,6 +77,9 @@ def make_tokenizer(
         tokenizer = _train_bpe(section, texts)
     elif section.kind == "wordpiece":
         tokenizer, settings = _train_wordpiece(section, texts), WORDPIECE_SETTINGS
+    elif section.kind == "word":
+        tokenizer = _list_words(section, texts)
+        settings["unk_token"] = UNKNOWN_WORD
     else:
         tokenizer = _list_characters(section, texts, knows_all)
         if tokenizer.token_to_id(UNKNOWN) is not None:
@@ -277,6 +281,34 @@ def _wordpiece_letters(texts: list[str], normalizer: Any) -> tuple[list[str], li
     common = sorted((letter for letter in counts if not letter.isspace()), key=lambda c: (-counts[c], c))
     letters = sorted(common[:WORDPIECE_LETTERS])
     return letters, [f"##{letter}" for letter in letters if len(split(f"a{letter}")) == 1]
+
+
+def _list_words(section: TokenizerSection, texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """List the commonest words; a line end is a word, and so is a punctuation mark unless `words` is "spaces"."""
+    special = [END_OF_TEXT, UNKNOWN_WORD]
+    size = section.vocabulary_size or 2**31
+    if size <= len(special):
+        raise UserError("data.tokenizer.vocabulary_size", f"is {size}; the special tokens alone take {len(special)}")
+    steps = [
+        pre_tokenizers.Split(tokenizers.Regex(r"[^\S\n]+"), "removed"),
+        pre_tokenizers.Split("\n", "isolated"),
+        *([pre_tokenizers.Punctuation("isolated")] if section.words == "punctuation" else []),
+    ]
+    trained = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN_WORD))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({}, unk_token=UNKNOWN_WORD))
+    for one in (trained, tokenizer):
+        one.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        if section.lowercase:
+            one.normalizer = normalizers.Lowercase()
+    trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    limited = _limited(texts, section.train_characters)
+    trained.train_from_iterator((piece for text in limited for piece in pieces(text)), trainer)
+    vocabulary = trained.get_vocab()
+    words = sorted(set(vocabulary) - set(special), key=lambda word: vocabulary[word])  # the commonest first
+    known = {word: number for number, word in enumerate([*special, *words][:size])}
+    tokenizer.model = models.WordLevel(known, unk_token=UNKNOWN_WORD)
+    tokenizer.add_special_tokens(special)
+    return tokenizer
 
 
 def _list_characters(section: TokenizerSection, texts: Iterable[str], knows_all: bool) -> tokenizers.Tokenizer:

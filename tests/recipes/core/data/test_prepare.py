@@ -194,6 +194,8 @@ def test_the_tail_of_each_document_validates_and_no_character_is_lost(tmp_path, 
         ),
         ({"validation_fraction": 1e-6}, "data.validation_fraction: is 1e-06, and none of 2 documents fell to it"),
         ({"validation": ("b.jsonl",), "clean": {"min_characters": 4}}, "data.validation: no text is left"),
+        ({"test": ("b.jsonl",), "clean": {"min_characters": 4}}, "data.test: no text is left"),
+        ({"test": ("a.jsonl",)}, "data.test: holds {folder}/a.jsonl, which data.train holds too"),
         ({"validation": ("a.jsonl",)}, "data.validation: holds {folder}/a.jsonl, which data.train holds too"),
     ],
 )

@@ -13,6 +13,7 @@ from bigbatch.recipes.core.data.tokenizing import (
     END_OF_TEXT,
     PIECE_CHARACTERS,
     UNKNOWN,
+    UNKNOWN_WORD,
     encode_documents,
     encode_with_places,
     fingerprint,
@@ -68,6 +69,31 @@ def test_any_text_round_trips_character_by_character(tmp_path_factory, texts):
     for text, tokens in zip(texts, encode_documents(ours, texts), strict=True):
         assert len(tokens) == len(text) + 1
         assert ours.tokenizer.decode(tokens[:-1].tolist(), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "lowercase", "expected"),
+    [
+        ("spaces", False, ["The", "end,", "said", "<unk>", ":", "\n", "\n", "No", "end.", "no"]),
+        ("punctuation", True, ["the", "end", ",", "said", "<", "unk", ">", ":", "\n", "\n", "no", "end", ".", "no"]),
+    ],
+)
+def test_a_word_tokenizer_makes_a_token_of_every_word_and_line_end(tmp_path, words, lowercase, expected):
+    text = "The end, said  <unk> :\n\n\tNo end. no"
+    ours = make_tokenizer(TokenizerSection(kind="word", words=words, lowercase=lowercase), [text], tmp_path)
+    assert sorted(ours.tokenizer.get_vocab()) == sorted({*expected, END_OF_TEXT, UNKNOWN_WORD})
+    assert ours.vocabulary_size == len(ours.tokenizer.get_vocab())  # the text's own <unk> is the unknown word
+    tokens = encode_documents(ours, [text])[0].tolist()
+    assert [ours.tokenizer.id_to_token(token) for token in tokens] == [*expected, END_OF_TEXT]
+    assert ours.tokenizer.id_to_token(encode_documents(ours, ["never"])[0][0]) == UNKNOWN_WORD
+    plain = "No end, said the end"
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(plain) == encode_documents(ours, [plain])[0].tolist()[:-1]
+
+
+def test_a_word_tokenizer_keeps_the_commonest_words_whatever_the_hash_seed(tmp_path):
+    section = TokenizerSection(kind="word", vocabulary_size=5)
+    ours = make_tokenizer(section, ["b a c", "c b d c e", "z"], tmp_path)
+    assert ours.tokenizer.get_vocab() == {END_OF_TEXT: 0, UNKNOWN_WORD: 1, "c": 2, "b": 3, "a": 4}
 
 
 def test_a_trained_bpe_is_the_same_every_time_and_sees_no_more_than_it_may(tmp_path, english):
@@ -142,6 +168,7 @@ def test_the_fingerprint_is_that_of_the_content_not_of_its_layout(tmp_path):
     ("changes", "message"),
     [
         ({"kind": "bpe", "vocabulary_size": 256}, "data.tokenizer.vocabulary_size: is 256; "),
+        ({"kind": "word", "vocabulary_size": 2}, "data.tokenizer.vocabulary_size: is 2; "),
         ({"kind": "character", "vocabulary_size": 99}, "data.tokenizer.vocabulary_size: has no effect"),
         ({"kind": "bpe", "path": "x.json"}, "data.tokenizer.path: has no effect"),
         ({"kind": "pretrained"}, "data.tokenizer.path: is missing"),
