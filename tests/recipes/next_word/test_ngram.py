@@ -1,7 +1,9 @@
 """Counts and probabilities of n-grams, against the definitions spelt out."""
 
 import json
+import os
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from bigbatch.recipes.next_word.data import look_up
 from bigbatch.recipes.next_word.ngram import KneserNey, distribution
 from bigbatch.recipes.next_word.tables import count_ngrams, discounts_by_formula, open_tables
 
+ROOT = Path(__file__).parents[3]
 END, SIZE, ORDER = 0, 9, 3
 TEXT = np.random.default_rng(4).choice(np.arange(8), 400, p=np.array([1, 30, 20, 15, 12, 10, 7, 5]) / 100)  # 8 never
 PADDED = [END] * ORDER + TEXT.tolist()
@@ -96,6 +99,30 @@ def test_behind_a_single_word_there_is_no_longer_context(tables, first):
     discounts = np.array([[0.5, 1.0, 1.5]] * ORDER)
     expected = [probability(word, (first,), discounts.tolist()) for word in range(SIZE)]
     np.testing.assert_allclose(distribution(tables, discounts, np.array([first])), expected)
+
+
+def test_trigrams_of_wikitext2s_validation_text_are_better_on_its_test_text_than_plain_pairs_of_words(tmp_path):
+    """By the count of the data's own page: 562 for single words, 276 for pairs, the best of plain n-grams."""
+    data = Path(os.environ.get("BIGBATCH_TEST_DATA", ROOT.parent / "shared" / "data")) / "wikitext2_valid_test"
+    if not data.is_dir():
+        pytest.skip(f"NO REAL DATA: {data} does not exist; set BIGBATCH_TEST_DATA")
+    document = json.loads((ROOT / "ds_configs/next_word/wikitext2_ngram.v1.json").read_text())
+    document["data"] |= {"train": [str(data / "valid.txt")], "test": [str(data / "test.txt")]}
+    document["data"]["prepared_dir"] = str(tmp_path)
+    document["model"] |= {"order": 3}
+    config = NextWordConfig.model_validate_json(json.dumps(document))
+    recipe.prepare(config)
+    splits = recipe.open_data(config)
+    assert splits.facts["vocabulary_size"] == 13_777 + 1  # and the end of the text
+    assert splits.facts["counted_tokens"] == 217_646 + 1
+    assert splits.test is not None
+    batch = splits.test.batch(ids := np.arange(splits.test.num_samples), np.zeros_like(ids))
+    assert recipe.count_targets(batch) == 245_569 + 1
+    with torch.no_grad():  # the discounts are those of the formula still
+        found = recipe.loss(
+            recipe.build_model(config, splits.facts), {k: torch.from_numpy(v) for k, v in batch.items()}
+        )
+    assert recipe.metrics(found.sum.item() / found.num_targets)["perplexity"] == pytest.approx(231.3, abs=0.3)
 
 
 def test_counts_of_another_text_and_damaged_ones_are_refused(tmp_path, make_document):
