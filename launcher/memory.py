@@ -164,8 +164,8 @@ def layer_activation_bytes(work: Workload, plan: ParallelPlan) -> float:
     """Return what autograd keeps of one layer for each token of the rank's rows.
 
     For GPT-2 with dropout it is 34 D (https://arxiv.org/abs/2205.05198, section 4, without the 5 H T of attention that
-    flash attention does not keep), under tensor parallelism (10 + 24 / t) D; other layers are counted alike. Sequence
-    ranks keep what they exchanged: not the projections that it came from, but what attention made in both layouts.
+    flash attention does not keep), under tensor parallelism (10 + 24 / t) D, which tensor_sequence makes 34 / t D
+    (equation 4); other layers are counted alike. Sequence ranks keep what they exchanged: not the projections that it came from, but what attention made in both layouts.
     """
     model, size, is_exchanged = work.model, work.working_bytes, plan.sequence > 1
     hidden, inner, tensor = model.hidden_size, model.inner_size, plan.tensor
@@ -192,7 +192,12 @@ def layer_activation_bytes(work: Workload, plan: ParallelPlan) -> float:
         split = size * (4 * hidden + turned + 2 * inner)
     if is_exchanged and not _probabilities(work):
         split += size * hidden
-    return whole + masks + mixture + (split + _probabilities(work)) / tensor
+    return (whole + masks) / _spread(plan) + mixture + (split + _probabilities(work)) / tensor
+
+
+def _spread(plan: ParallelPlan) -> int:
+    """Return how many tensor ranks divide what lies between the layers."""
+    return plan.tensor if plan.tensor_sequence else 1
 
 
 def routed_rows(model: DecoderSection) -> float:
@@ -297,13 +302,13 @@ def _activation_bytes(work: Workload, plan: ParallelPlan, recompute: bool, stage
     # One forward, one backward: stage i has p - i micro-batches in flight (https://arxiv.org/abs/2104.04473, 2.2).
     in_flight = min(plan.pipeline - stage, plan.accumulation_steps)
     layer = tokens * layer_activation_bytes(work, plan)
-    kept = tokens * layers * model.hidden_size * size if recompute else layers * layer
+    kept = tokens * layers * model.hidden_size * size / _spread(plan) if recompute else layers * layer
     last_norm = 0.0
     if stage == plan.pipeline - 1:
         is_rms = isinstance(model, DecoderSection) and model.family == "llama"
         norm = 12 if is_rms and size == 4 else 8 if is_rms else 2 * size
         # With the gradient of the last hidden states, which the loss makes.
-        last_norm = tokens * work.target_fraction * model.hidden_size * (norm + size)
+        last_norm = tokens * work.target_fraction * model.hidden_size * (norm / _spread(plan) + size)
     mask = plan.micro_size * work.sequence_length**2 * size if work.has_mask else 0
     return in_flight * (kept + mask) + last_norm, layer if recompute else 0
 

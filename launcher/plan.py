@@ -165,6 +165,8 @@ def settings(option: Option, resolved: Resolved) -> list[str]:
     """Return the plan as `--set` takes it."""
     plan = option.plan
     lines = [f"parallel.{axis}={getattr(plan, axis)}" for axis in AXES[1:] if getattr(plan, axis) > 1]
+    if plan.tensor_sequence != resolved.config.parallel.tensor_sequence:  # there is nothing for it to divide
+        lines.append("parallel.tensor_sequence=false")
     if plan.zero_stage != zero_stage(resolved.config, resolved.deepspeed):  # stated in one place alone
         shipped = ["parallel.zero_stage=null", f"deepspeed=zero{plan.zero_stage}"]
         lines += shipped if plan.zero_stage else ["parallel.zero_stage=0", "deepspeed=null"]
@@ -226,7 +228,9 @@ def _options(
 ) -> Iterator[Option]:
     config = resolved.config
     axes = getattr(config, "axes", AXES[1:])
-    job = Job(work.model, work.vocabulary_size, work.sequence_length, config.batch, axes)
+    job = Job(
+        work.model, work.vocabulary_size, work.sequence_length, config.batch, axes, config.parallel.tensor_sequence
+    )
     documents = [_zero_document(resolved, stage) | (change or {}) for stage in range(4)]
     for plan in legal_plans(job, cluster.gpus):
         zero = documents[plan.zero_stage]

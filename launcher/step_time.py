@@ -110,10 +110,12 @@ def communication(work: Workload, plan: ParallelPlan, recompute: bool) -> Volume
     """Return what a rank sends in a step.
 
     tensor: four all-reduces a layer and micro-batch, six when the forward pass runs twice; of n bytes over t ranks each
-    sends 2 n (t - 1) / t (https://arxiv.org/abs/1909.08053). sequence: four all-to-alls each way, a rank sending
-    (s - 1) / s of its part (https://arxiv.org/abs/2309.14509, section 3.2). pipeline: the states there, their gradient
-    back. data: 2 P, at stage 3 3 P (https://arxiv.org/abs/1910.02054, section 7); stages 2 and 3 pay for every
-    micro-batch, which DeepSpeed reduces at once. expert: an all-to-all of the experts' buffers there and one back, each
+    sends 2 n (t - 1) / t (https://arxiv.org/abs/1909.08053). With tensor_sequence each is a gathering and a scattering
+    of n (t - 1) / t, and the backward pass gathers twice more (https://arxiv.org/abs/2205.05198, section 4.2.2).
+    sequence: four all-to-alls each way, a rank sending (s - 1) / s of its part (https://arxiv.org/abs/2309.14509,
+    section 3.2). pipeline: the states there, their gradient back. data: 2 P, at stage 3 3 P
+    (https://arxiv.org/abs/1910.02054, section 7); stages 2 and 3 pay for every micro-batch, which DeepSpeed reduces at
+    once. expert: an all-to-all of the experts' buffers there and one back, each
     way (https://arxiv.org/abs/2006.16668).
     """
     size, steps, model = work.working_bytes, plan.accumulation_steps, work.model
@@ -128,7 +130,7 @@ def communication(work: Workload, plan: ParallelPlan, recompute: bool) -> Volume
         exchanged = steps * model.num_expert_layers * again * 4 * routed_rows(model) * states * (1 - 1 / plan.expert)
     times = {0: 2, 1: 2, 2: 1 + steps, 3: 3 * steps}[plan.zero_stage]
     return Volumes(
-        tensor=steps * layers * again * 4 * 2 * states * (1 - 1 / plan.tensor),
+        tensor=steps * layers * (again * 4 * 2 + 2 * plan.tensor_sequence) * states * (1 - 1 / plan.tensor),
         sequence=steps * layers * again * 2 * wide * states / plan.tensor * (1 - 1 / plan.sequence),
         pipeline=steps * 2 * states if plan.pipeline > 1 else 0,
         data=times * size * reduced,

@@ -72,7 +72,8 @@ def build_model(
 ) -> MaskedLanguageModel:
     """Build the encoder and its heads: first weights, or those of a Hugging Face folder."""
     has_pairs = config.sentence_task != "none"
-    model = MaskedLanguageModel(config.model, facts["vocabulary_size"], has_pairs, tensor, sequence)
+    spreads = config.parallel.tensor_sequence
+    model = MaskedLanguageModel(config.model, facts["vocabulary_size"], has_pairs, tensor, sequence, spreads)
     if initialize and config.model.initialize_from:
         load_hugging_face(model, Path(config.model.initialize_from))
     return model

@@ -88,7 +88,7 @@ def _check_plan(config: RunConfig, native: dict[str, Any], num_ranks: int, stage
         message = f"{parallel.sync} does not go with parallel.pipeline {parallel.pipeline}, which is at ZeRO stage 1"
         raise UserError("parallel.sync", f"{message}; right would be sharded")
     length = getattr(getattr(config, "data", None), "sequence_length", 1)
-    job = Job(model, 0, length, config.batch, config.axes)
+    job = Job(model, 0, length, config.batch, config.axes, parallel.tensor_sequence)
     degrees = parallel.tensor, parallel.pipeline, parallel.sequence
     make_plan(job, num_ranks, *degrees, zero_stage=stage, expert=parallel.expert)
     if parallel.pipeline > 1:

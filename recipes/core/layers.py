@@ -1,5 +1,7 @@
 """The parts that native models are made of, and the three computations where a CPU deserves a way of its own.
 
+An argument `spread` is the tensor ranks that have each a part of the tokens of what lies between the layers, if so.
+
 Shapes: B rows, T tokens, D hidden size, H heads, K heads of keys and values, G = H / K, E size of a head,
 S keys (T, or the tokens in a cache); W windows in R rows, L tokens of the longest.
 """
@@ -13,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from bigbatch.recipes.core.layout import Share, mark, split
 from bigbatch.recipes.core.parallel import ALONE, Axis
-from bigbatch.recipes.core.tensor_parallel import copy_in, sum_out
+from bigbatch.recipes.core.tensor_parallel import copy_in, scatter_out, spread_linear, sum_out
 
 
 class Linear(nn.Linear):
@@ -38,7 +40,7 @@ class Linear(nn.Linear):
 class ColumnLinear(Linear):
     """A linear layer whose outputs are divided over the tensor ranks, each of the blocks that they consist of.
 
-    It takes a replicated tensor and makes this rank's share of each block, one behind the other.
+    It takes a replicated or spread tensor and makes this rank's share of each block, one behind the other.
     """
 
     def __init__(
@@ -50,13 +52,18 @@ class ColumnLinear(Linear):
         if bias and share:
             mark(self.bias, share._replace(shape=(rows,)))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map replicated states [..., D] to this rank's outputs."""
+    def forward(self, input: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:
+        """Map replicated states [..., D], or spread ones [B * T / t, D], to this rank's outputs for all tokens."""
+        if spread.size > 1:
+            return spread_linear(input, self.weight, self.bias, spread)
         return super().forward(copy_in(input, self.tensor))
 
 
 class RowLinear(Linear):
-    """A linear layer whose inputs are divided over the tensor ranks; what it makes is replicated, as its bias is."""
+    """A linear layer whose inputs are divided over the tensor ranks; what it makes is replicated or spread.
+
+    Its bias is replicated.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, standard_deviation: float, tensor: Axis = ALONE
@@ -65,12 +72,12 @@ class RowLinear(Linear):
         share = _share((out_features, in_features), 1, (in_features,), tensor)
         super().__init__(in_features // tensor.size, out_features, bias, standard_deviation, share)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map this rank's inputs to replicated states [..., D]; the bias is added once, to the sum."""
+    def forward(self, input: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:
+        """Map this rank's inputs to states [..., D], or spread ones [B * T / t, D]; the bias is added to the sum."""
         if self.tensor.size == 1:
             return super().forward(input)
-        total = sum_out(F.linear(input, self.weight), self.tensor)
-        return total if self.bias is None else total + self.bias
+        total = _sum_over(F.linear(input, self.weight), self.tensor, spread)
+        return total if self.bias is None else total + copy_in(self.bias, spread)
 
 
 class Embedding(nn.Embedding):
@@ -89,14 +96,17 @@ class Embedding(nn.Embedding):
         """Draw the vectors."""
         draw(self.weight, self.standard_deviation, self.share)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the replicated vectors [..., D] of numbers [...]."""
+    def forward(self, input: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:
+        """Return the vectors [..., D] of numbers [...].
+
+        Spread are those of a divided table, for the numbers of all tokens; a whole one takes a rank's own numbers.
+        """
         if self.tensor.size == 1:
-            return super().forward(input)
+            return F.embedding(input, copy_in(self.weight, spread))
         own = input - self.tensor.rank * self.num_embeddings
         elsewhere = (own < 0) | (own >= self.num_embeddings)
         vectors = super().forward(own.masked_fill(elsewhere, 0))
-        return sum_out(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.tensor)
+        return _sum_over(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.tensor, spread)
 
 
 def draw(weight: torch.Tensor, standard_deviation: float, share: Share | None = None) -> None:
@@ -116,6 +126,21 @@ def _share(shape: tuple[int, ...], dim: int, blocks: tuple[int, ...], tensor: Ax
     return None if tensor.size == 1 else split(shape, dim, blocks, tensor.rank, tensor.size)
 
 
+def _sum_over(partial: torch.Tensor, tensor: Axis, spread: Axis) -> torch.Tensor:
+    return scatter_out(partial, spread) if spread.size > 1 else sum_out(partial, tensor)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, of states that may be spread."""
+
+    def forward(self, input: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:
+        """Map states [..., D]."""
+        if spread.size == 1:
+            return super().forward(input)
+        weight, bias = copy_in(torch.stack((self.weight, self.bias)), spread)  # one message for both gradients
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 class RMSNorm(nn.Module):
     """Divide by the root mean square, in float32, and scale (https://arxiv.org/abs/1910.07467)."""
 
@@ -124,11 +149,11 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., D]
+    def forward(self, hidden: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:  # [..., D]
         """Round to the input's dtype before the scaling, as transformers' Llama does."""
         values = hidden.float()
         values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.epsilon)
-        return self.weight * values.to(hidden.dtype)
+        return copy_in(self.weight, spread) * values.to(hidden.dtype)
 
 
 def count_positions(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from bigbatch.recipes.core.parallel import ALONE, Axis
-from bigbatch.recipes.core.tensor_parallel import copy_in
 
 CHUNK_BYTES = 2**28
 """A chunk's logits take at most this much: fewer chunks mean less adding up of weight gradients."""
@@ -38,11 +37,11 @@ def chunked_cross_entropy(
     float16 does not underflow; the weight's are added up in float32.
 
     Over tensor ranks V is divided: `weight` and `bias` are a rank's rows, `labels` and `num_classes` count all of them,
-    and the result is replicated. Collective: every tensor rank must call it with the same rows.
+    and the result is replicated. The gradient of `hidden` is what this rank's rows of the weight make of it: that of
+    copy_in's or gather_in's result. Collective: every tensor rank must call it with the same rows.
     """
     if chunk_rows is None:
         chunk_rows = _default_chunk_rows(len(hidden), weight)
-    hidden = copy_in(hidden, tensor)
     if num_classes is not None:
         num_classes = max(0, num_classes - tensor.rank * len(weight))  # of this rank's rows
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, ignore, chunk_rows, num_classes, tensor)

@@ -47,6 +47,8 @@ class ParallelPlan:
     accumulation_steps: int = 1
     expert: int = 1
     """Neighbouring data ranks that share out a mixture's experts."""
+    tensor_sequence: bool = False
+    """The tensor ranks divide what lies between the layers, too, along tokens."""
 
     @property
     def world_size(self) -> int:
@@ -97,7 +99,8 @@ class ParallelPlan:
 
     def __str__(self) -> str:
         names = [f"{axis} {getattr(self, axis)}" for axis in ("data", "tensor", "pipeline", "sequence", "expert")]
-        return " x ".join(name for name in names if not name.endswith(" 1")) + f" at ZeRO stage {self.zero_stage}"
+        degrees = " x ".join(name for name in names if not name.endswith(" 1"))
+        return degrees + " with tensor_sequence" * self.tensor_sequence + f" at ZeRO stage {self.zero_stage}"
 
 
 class Job(NamedTuple):
@@ -110,6 +113,8 @@ class Job(NamedTuple):
     batch: BatchSection
     axes: tuple[str, ...] = ("tensor", "pipeline", "sequence")
     """Those that the recipe's model is written for, beside data."""
+    tensor_sequence: bool = False
+    """Whether tensor ranks, where there are some, are to divide what lies between the layers."""
 
 
 class BrokenRule(NamedTuple):
@@ -133,7 +138,8 @@ def make_plan(
     others = tensor * pipeline * sequence
     data = world_size // others
     micro_size = job.batch.micro_size or max(1, job.batch.global_size // max(1, data))
-    plan = ParallelPlan(data, tensor, pipeline, sequence, zero_stage, micro_size, expert=expert)
+    spreads = job.tensor_sequence
+    plan = ParallelPlan(data, tensor, pipeline, sequence, zero_stage, micro_size, 1, expert, spreads)
     broken = next(broken_rules(plan, job, world_size), None)
     if broken is None:
         batch = check_batch(job.batch, data)
@@ -154,6 +160,8 @@ def broken_rules(plan: ParallelPlan, job: Job, world_size: int) -> Iterator[Brok
             f"{plan.sequence} with pipeline {plan.pipeline}: DeepSpeed's pipeline has no sequence axis; right is 1"
         )
         yield BrokenRule("parallel.sequence", message)
+    if plan.tensor_sequence and plan.tensor == 1:
+        yield BrokenRule("parallel.tensor_sequence", "true, but parallel.tensor is 1; right is false")
     for axis in ("tensor", "pipeline", "sequence"):
         if getattr(plan, axis) > 1 and (job.model is None or axis not in job.axes):
             message = f"{getattr(plan, axis)}, but this recipe's model is not divided along this axis; right is 1"
@@ -176,6 +184,7 @@ def legal_plans(job: Job, world_size: int) -> Iterator[ParallelPlan]:
                 data = world_size // (tensor * pipeline * sequence)
                 for zero_stage, expert in product(range(4), divisors(data) if _num_experts(job) > 1 else [1]):
                     plan = ParallelPlan(data, tensor, pipeline, sequence, zero_stage, expert=expert)
+                    plan = replace(plan, tensor_sequence=job.tensor_sequence and tensor > 1)
                     yield from _with_micro_sizes(plan, job, world_size)
 
 
@@ -264,6 +273,10 @@ def _broken_by_model(plan: ParallelPlan, job: Job, model: DecoderSection | Encod
             if size % degree:
                 message = f"{degree} does not divide {name} {size}; {_right(size, degree)}"
                 yield BrokenRule(f"parallel.{axis}", message)
+    if plan.tensor_sequence and job.sequence_length % (plan.tensor * plan.sequence):
+        degrees = f"tensor {plan.tensor}" + (f" x sequence {plan.sequence}" if plan.sequence > 1 else "")
+        message = f"true, but {degrees} does not divide data.sequence_length {job.sequence_length}; right is false"
+        yield BrokenRule("parallel.tensor_sequence", message)
     for name, size in heads.items():
         if plan.sequence > 1 and size % plan.tensor == 0 and (size // plan.tensor) % plan.sequence:
             each = f"{name} {size}" + (f" / tensor {plan.tensor}" if plan.tensor > 1 else "")

@@ -62,7 +62,7 @@ def build_model(
     expert: Axis = ALONE,
 ) -> Decoder:
     """Build the decoder: first weights, or those of a Hugging Face folder."""
-    model = Decoder(config.model, facts["vocabulary_size"], tensor, sequence, expert)
+    model = Decoder(config.model, facts["vocabulary_size"], tensor, sequence, expert, config.parallel.tensor_sequence)
     if initialize and config.model.initialize_from:
         load_hugging_face(model, Path(config.model.initialize_from))
     return model

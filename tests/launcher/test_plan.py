@@ -75,6 +75,8 @@ def test_activations_of_a_gpt_layer_with_dropout_are_those_of_the_megatron_paper
     work = work_of(GPT.model_copy(update={"dropout": 0.1}))
     expected = 64 * (10 + 24 / tensor)
     assert layer_activation_bytes(work, ParallelPlan(tensor=tensor)) == expected
+    # Equation 4, with sequence parallelism.
+    assert layer_activation_bytes(work, ParallelPlan(tensor=tensor, tensor_sequence=True)) == 64 * 34 / tensor
 
 
 SHAPES = {
@@ -268,6 +270,10 @@ def test_volumes_are_those_of_the_papers():
     volumes = communication(work, ParallelPlan(tensor=4, micro_size=2, accumulation_steps=3), recompute=False)
     assert volumes.tensor == 3 * 4 * 4 * 2 * states * 3 / 4  # micro-batches, layers, all-reduces, ring of four
     assert communication(work, ParallelPlan(tensor=4, micro_size=2), recompute=True).tensor == volumes.tensor / 3 * 1.5
+    # Gathered and scattered twice each way, and in the backward pass gathered twice more.
+    spread = ParallelPlan(tensor=4, micro_size=2, tensor_sequence=True)
+    assert communication(work, spread, recompute=False).tensor == 4 * (8 + 2) * states * 3 / 4
+    assert communication(work, spread, recompute=True).tensor == 4 * (12 + 2) * states * 3 / 4
     volumes = communication(work, ParallelPlan(sequence=2, micro_size=2), recompute=False)
     assert volumes.sequence == 4 * 2 * 4 * states / 2 / 2  # layers, directions, exchanges, halves of halves
     grouped = work_of(LLAMA, sequence_length=512)  # as many query heads, half as many of keys and values

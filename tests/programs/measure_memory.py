@@ -73,6 +73,8 @@ class Case:
     expert: int = 1
     asynchronous: bool = False
     sequence: int = 1
+    tensor: int = 1
+    tensor_sequence: bool = False
 
     def config(self) -> GptConfig:
         """Return the run document."""
@@ -87,6 +89,8 @@ class Case:
             },
             "parallel": {
                 "zero_stage": self.zero_stage,
+                "tensor": self.tensor,
+                "tensor_sequence": self.tensor_sequence,
                 "sequence": self.sequence,
                 "expert": self.expert,
                 "sync": self.sync,
@@ -114,6 +118,8 @@ class Case:
         )
         plan = ParallelPlan(
             self.data,
+            self.tensor,
+            tensor_sequence=self.tensor_sequence,
             sequence=self.sequence,
             zero_stage=self.zero_stage,
             micro_size=self.micro_size,
@@ -139,6 +145,8 @@ def cases() -> dict[str, Case]:
         found[f"long_zero{stage}x2"] = Case(2, stage, sequence_length=640, micro_size=2)
         found[f"sequence_zero{stage}x2"] = Case(zero_stage=stage, sequence_length=640, sequence=2)
         found[f"sequence_llama_zero{stage}x2"] = Case(1, stage, "fp32", "llama", 640, micro_size=2, sequence=2)
+    for name, spreads in (("tensor", False), ("spread", True)):
+        found[f"{name}_zero1x2"] = Case(1, 1, "fp32", sequence_length=640, tensor=2, tensor_sequence=spreads)
     whole = {name: 10**9 for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")}
     for dtype in ("bf16", "fp32"):
         found[f"local_sgdx2_{dtype}"] = Case(2, 0, dtype, micro_size=1, sync="local_sgd")
@@ -156,7 +164,7 @@ def cases() -> dict[str, Case]:
 
 def peak_bytes(case: Case) -> int:
     """Train a few steps; return the most that was held at once from the first step on."""
-    mesh = runtime.start_mesh(sequence_ranks=case.sequence, expert_ranks=case.expert)
+    mesh = runtime.start_mesh(tensor_ranks=case.tensor, sequence_ranks=case.sequence, expert_ranks=case.expert)
     config = case.config()
     document = complete(config, {"zero_optimization": ZERO | case.zero}, mesh.world_size)
     torch.manual_seed(0)
@@ -166,7 +174,7 @@ def peak_bytes(case: Case) -> int:
     targets = case.accumulation_steps * tokens.size * case.data
     with LiveBytes() as live, TemporaryDirectory() as folder:
         with partitioned_building(document, mesh):
-            model = recipe.build_model(config, facts, sequence=mesh.sequence, expert=mesh.expert)
+            model = recipe.build_model(config, facts, tensor=mesh.tensor, sequence=mesh.sequence, expert=mesh.expert)
         engine = Engine(model, config, document, mesh)
         live.most = live.held  # what building took does not count
         with Saver(Path(mesh.broadcast_text(folder)), engine, mesh, lambda saved: None) as saver:

@@ -47,6 +47,12 @@ PLANS = {
     "sp4": ParallelPlan(sequence=4),
     "dp2xtp2xpp2": ParallelPlan(data=2, tensor=2, pipeline=2),
 }
+PLANS |= {
+    "tp2_spread": ParallelPlan(tensor=2, zero_stage=0, tensor_sequence=True),
+    "dp2xtp2_spread": ParallelPlan(data=2, tensor=2, zero_stage=3, tensor_sequence=True),
+    "tp2xpp2_spread": ParallelPlan(tensor=2, pipeline=2, tensor_sequence=True),
+    "tp2xsp2_spread": ParallelPlan(tensor=2, sequence=2, zero_stage=2, tensor_sequence=True),
+}
 PLANS |= {f"ep2_zero{stage}": ParallelPlan(data=2, zero_stage=stage, expert=2) for stage in range(3)}
 PLANS |= {"ep2xdp2": ParallelPlan(data=4, expert=2)}
 PLANS |= {f"tp2_zero{stage}": ParallelPlan(tensor=2, zero_stage=stage) for stage in range(4)}
@@ -68,6 +74,8 @@ def set_up(out: Path, case: Case) -> None:
         overrides.append(f"parallel.pipeline={plan.pipeline}")
     if plan.expert > 1:
         overrides.append(f"parallel.expert={plan.expert}")
+    if plan.tensor_sequence:
+        overrides.append("parallel.tensor_sequence=true")
     if plan.sequence > 1:
         overrides.append(f"parallel.sequence={plan.sequence}")
     if start is None and not name.endswith("_whole"):

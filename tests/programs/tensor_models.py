@@ -6,6 +6,7 @@
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from forked_ranks import import_everything, run_forked
@@ -17,7 +18,7 @@ from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
 from bigbatch.recipes.core.models.decoder import Decoder, load_hugging_face
 from bigbatch.recipes.core.models.encoder import MaskedLanguageModel
 from bigbatch.recipes.core.parallel import ALONE, Axis
-from bigbatch.recipes.core.tensor_parallel import own_random_numbers
+from bigbatch.recipes.core.tensor_parallel import copy_in, own_random_numbers
 
 VOCABULARY_SIZE, RANKS = 101, 2  # the second rank has rows of padding
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 32, "initializer_range": 0.1}
@@ -39,17 +40,20 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, labels
 
 
-def decoder(name: str, tensor: Axis = ALONE) -> dict[str, torch.Tensor]:
+def decoder(name: str, tensor: Axis = ALONE, spreads: bool = False) -> dict[str, torch.Tensor]:
     """Build a decoder, run it forward and backward; return all that came of it."""
     torch.manual_seed(0)
-    model = Decoder(DecoderSection(**DECODERS[name]), VOCABULARY_SIZE, tensor)
+    model = Decoder(DecoderSection(**DECODERS[name]), VOCABULARY_SIZE, tensor, tensor_sequence=spreads)
     tokens, labels = batch()
+    dropped: list[torch.Tensor] = []
+    model.embed.dropout.register_forward_hook(lambda *call: dropped.append(call[-1] == 0))
     torch.manual_seed(7)
     total = model(tokens, labels)
     total.backward()
     after = torch.rand(())  # all ranks' generators are at the same place again
     logits = model(tokens)
-    return {"loss": total.detach(), "after": after, "logits": logits.detach(), **tensors(model)}
+    found = {"loss": total.detach(), "after": after, "dropped": dropped[0], "logits": logits.detach()}
+    return found | tensors(model)
 
 
 def from_logits(tensor: Axis = ALONE) -> dict[str, torch.Tensor]:
@@ -60,10 +64,11 @@ def from_logits(tensor: Axis = ALONE) -> dict[str, torch.Tensor]:
     return tensors(model)
 
 
-def encoder(tensor: Axis = ALONE) -> dict[str, torch.Tensor]:
+def encoder(tensor: Axis = ALONE, spreads: bool = False, **more: Any) -> dict[str, torch.Tensor]:
     """Do the same with an encoder that fills in tokens and judges pairs."""
     torch.manual_seed(0)
-    model = MaskedLanguageModel(EncoderSection(**SHAPE, dropout=0.0), VOCABULARY_SIZE, True, tensor)
+    section = EncoderSection(**SHAPE, dropout=0.0, **more)
+    model = MaskedLanguageModel(section, VOCABULARY_SIZE, True, tensor, tensor_sequence=spreads)
     tokens, labels = batch()
     total, pairs = model(tokens, labels=labels, with_pairs=True)
     (total + pairs.square().sum()).backward()
@@ -87,7 +92,7 @@ def cross_entropy(tensor: Axis = ALONE) -> dict[str, torch.Tensor]:
     weight, bias = (whole.chunk(tensor.size)[tensor.rank] for whole in (weight, bias))
     leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight, bias)]
     arguments = {"chunk_rows": 100, "num_classes": 250, "bias": leaves[2], "tensor": tensor}
-    total = loss.chunked_cross_entropy(leaves[0], leaves[1], labels, **arguments)
+    total = loss.chunked_cross_entropy(copy_in(leaves[0], tensor), leaves[1], labels, **arguments)
     (3 * total).backward()
     return {"loss": total.detach(), **{f"grad/{index}": leaf.grad for index, leaf in enumerate(leaves)}}
 
@@ -104,6 +109,9 @@ def all_results(folder: Path, tensor: Axis = ALONE) -> dict[str, torch.Tensor]:
     results = {name: decoder(name, tensor) for name in DECODERS}
     results |= {"from_logits": from_logits(tensor), "encoder": encoder(tensor), "started": started(folder, tensor)}
     results["cross_entropy"] = cross_entropy(tensor)
+    results |= {f"spread_{name}": decoder(name, tensor, spreads=True) for name in DECODERS}
+    results["spread_encoder"] = encoder(tensor, spreads=True)
+    results["spread_rotary"] = encoder(tensor, spreads=True, norm="pre", positions="rotary")
     with own_random_numbers(tensor, torch.device("cpu")):
         results["random"] = {"inside": torch.rand(8)}
     return {f"{case}/{key}": value.contiguous() for case, found in results.items() for key, value in found.items()}

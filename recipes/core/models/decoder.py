@@ -23,6 +23,7 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layers import (
     ColumnLinear,
     Embedding,
+    LayerNorm,
     RMSNorm,
     RowLinear,
     attend,
@@ -38,7 +39,14 @@ from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_
 from bigbatch.recipes.core.models.mixture import MixtureFeedForward
 from bigbatch.recipes.core.parallel import ALONE, Axis
 from bigbatch.recipes.core.sequence_parallel import own_tokens, to_heads, to_tokens
-from bigbatch.recipes.core.tensor_parallel import copy_in, gather_out, own_random_numbers, sum_out
+from bigbatch.recipes.core.tensor_parallel import (
+    copy_in,
+    gather_in,
+    gather_out,
+    own_random_numbers,
+    own_rows,
+    sum_out,
+)
 
 
 class Context(NamedTuple):
@@ -48,6 +56,8 @@ class Context(NamedTuple):
     mask: torch.Tensor | None  # [B or 1, T, S], None: plain causal, or one token that may see all
     cache: "KeyValueCache | None"
     sequence: Axis  # of the ranks that the tokens are divided over
+    spread: Axis = ALONE  # of the tensor ranks that what lies between the layers is divided over: [B * T / t, D]
+    num_rows: int = 0  # 0: as many as the hidden states have
 
 
 class Decoder(nn.Module):
@@ -58,7 +68,8 @@ class Decoder(nn.Module):
     heads, of the inner units and of the vocabulary, drawn as a part of the whole; hidden states and logits are
     replicated, and every tensor rank must call the model with the same tokens. So must every sequence rank: with labels
     each computes its own part of the rows, and the loss is that of whole rows; without, each computes all. Over expert
-    ranks each has its part of the experts and its own tokens; only without labels all must call with the same.
+    ranks each has its part of the experts and its own tokens; only without labels all must call with the same. With
+    `tensor_sequence` and labels the hidden states between the layers are not replicated but divided along tokens.
     """
 
     def __init__(
@@ -68,11 +79,13 @@ class Decoder(nn.Module):
         tensor: Axis = ALONE,
         sequence: Axis = ALONE,
         expert: Axis = ALONE,
+        tensor_sequence: bool = False,
     ) -> None:
         """Build it; raise UserError where the vocabulary does not divide over the tensor ranks."""
         super().__init__()
         self.section = section
         self.vocabulary_size, self.tensor, self.sequence, self.expert = vocabulary_size, tensor, sequence, expert
+        self.spread = tensor if tensor_sequence else ALONE
         self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section, tensor.size), tensor)
         self.blocks = nn.ModuleList(Block(section, index, tensor, expert) for index in range(section.num_layers))
         tied = self.embed.tokens if section.tie_embeddings else None
@@ -99,21 +112,23 @@ class Decoder(nn.Module):
             raise UserError("model.max_positions", message)
         if positions is None:
             positions = _positions(tokens, documents, cache)
-        sequence = ALONE if labels is None else self.sequence
-        own_positions = own_tokens(positions, sequence)
-        hidden = self.embed(own_tokens(tokens, sequence), own_positions)
-        context = self._context(hidden, own_positions, documents, cache, sequence)
-        for block in self.blocks:
-            if self.section.recompute_activations and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, context, use_reentrant=False)
-            else:
-                hidden = block(hidden, context)
+        sequence, spread = (ALONE, ALONE) if labels is None else (self.sequence, self.spread)
+        with own_random_numbers(spread, tokens.device, wanted=self.training and self.section.dropout > 0):
+            own_positions = own_tokens(positions, sequence)
+            hidden = self.embed(own_tokens(tokens, sequence), own_positions, spread)
+            context = self._context(hidden, own_positions, documents, cache, sequence)
+            context = context._replace(spread=spread, num_rows=len(tokens))
+            for block in self.blocks:
+                if self.section.recompute_activations and torch.is_grad_enabled():
+                    hidden = checkpoint(block, hidden, context, use_reentrant=False)
+                else:
+                    hidden = block(hidden, context)
         if cache:
             cache.length += tokens.shape[1]
         if labels is None:
             result = self.head(hidden, None, last_only)
             return self.expert.first_in_place(result)  # ranks may round differently, and all are to write the same text
-        result = sum_out(self.head(hidden, own_tokens(labels, sequence)), sequence)
+        result = sum_out(self.head(hidden, own_tokens(labels, sequence), spread=spread), sequence)
         return result + self._auxiliary_loss(labels) if self.training and self.section.num_expert_layers else result
 
     def layers(self) -> list[nn.Module]:
@@ -158,11 +173,11 @@ class InputEmbedding(nn.Module):
             self.positions = None
         self.dropout = nn.Dropout(section.dropout)
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the first hidden states [B, T, D] of tokens [B, T] at positions [B or 1, T]."""
-        hidden = self.tokens(tokens)
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:
+        """Return the first hidden states [B, T, D] of tokens [B, T] at positions [B or 1, T], or a rank's part."""
+        hidden = self.tokens(tokens, spread)
         if self.positions is not None:
-            hidden = hidden + self.positions(positions)
+            hidden = hidden + self.positions(own_rows(positions.expand(len(tokens), -1), spread), spread)
         return self.dropout(hidden)
 
 
@@ -180,9 +195,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(section.dropout)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        """Map hidden states [B, T, D] to the next ones."""
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), context))
-        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+        """Map hidden states [B, T, D], or a rank's part of them, to the next ones."""
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden, context.spread), context))
+        normed = self.feed_forward_norm(hidden, context.spread)
+        return hidden + self.dropout(self.feed_forward(normed, context.spread))
 
 
 class Attention(nn.Module):
@@ -206,7 +222,8 @@ class Attention(nn.Module):
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         """Mix the hidden states [B, T, D] of a row's tokens."""
         num_key_values = self.num_key_value_heads
-        heads = self.qkv(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, H + 2 K, E]
+        num_heads = self.num_heads + 2 * num_key_values
+        heads = self.qkv(hidden, context.spread).view(context.num_rows or len(hidden), -1, num_heads, self.head_size)
         if context.rotary is not None:
             turned, value = heads.split((self.num_heads + num_key_values, num_key_values), dim=2)
             query, key = rotate(turned, context.rotary).split((self.num_heads, num_key_values), dim=2)
@@ -219,7 +236,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         with own_random_numbers(self.tensor, query.device, wanted=dropout > 0):
             mixed = attend(query, key, value, context.mask, is_causal, dropout)
-        return self.out(to_tokens(mixed, context.sequence))
+        return self.out(to_tokens(mixed, context.sequence), context.spread)
 
 
 class GeluFeedForward(nn.Module):
@@ -231,9 +248,9 @@ class GeluFeedForward(nn.Module):
         self.up = ColumnLinear(size, (inner,), True, section.initializer_range, tensor)
         self.down = RowLinear(inner, size, True, _residual_deviation(section), tensor)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map hidden states [B, T, D] one by one."""
-        return self.down(gelu(self.up(hidden)))
+    def forward(self, hidden: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:
+        """Map hidden states [B, T, D], or a rank's part of them, one by one."""
+        return self.down(gelu(self.up(hidden, spread)), spread)
 
 
 class GatedFeedForward(nn.Module):
@@ -245,10 +262,10 @@ class GatedFeedForward(nn.Module):
         self.gate_up = ColumnLinear(size, (inner, inner), False, section.initializer_range, tensor)
         self.down = RowLinear(inner, size, False, _residual_deviation(section), tensor)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map hidden states [B, T, D] one by one."""
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    def forward(self, hidden: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:
+        """Map hidden states [B, T, D], or a rank's part of them, one by one."""
+        gate, up = self.gate_up(hidden, spread).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up, spread)
 
 
 class LanguageModelHead(nn.Module):
@@ -264,15 +281,20 @@ class LanguageModelHead(nn.Module):
         self.weight = tied.weight
 
     def forward(
-        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, last_only: bool = False
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        last_only: bool = False,
+        spread: Axis = ALONE,
     ) -> torch.Tensor:
         """Return the logits [B, T, V] of hidden states [B, T, D], or the loss summed over labels [B, T]."""
-        hidden = self.norm(hidden[:, -1:] if last_only else hidden)
+        hidden = self.norm(hidden[:, -1:] if last_only else hidden, spread)
+        hidden = gather_in(hidden, spread) if spread.size > 1 else copy_in(hidden, self.tensor)
         if labels is None:
-            logits = F.linear(copy_in(hidden, self.tensor), self.weight)
+            logits = F.linear(hidden, self.weight)
             return gather_out(logits, self.tensor)[..., : self.vocabulary_size]
         return chunked_cross_entropy(
-            hidden.flatten(0, 1),
+            hidden.flatten(0, -2),
             self.weight,
             labels.flatten(),
             num_classes=self.vocabulary_size,
@@ -341,7 +363,7 @@ def _positions(tokens: torch.Tensor, documents: torch.Tensor | None, cache: KeyV
 
 def _norm(section: DecoderSection) -> nn.Module:
     if section.family == "gpt2":
-        return nn.LayerNorm(section.hidden_size, section.norm_epsilon)
+        return LayerNorm(section.hidden_size, section.norm_epsilon)
     return RMSNorm(section.hidden_size, section.norm_epsilon)
 
 

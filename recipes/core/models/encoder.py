@@ -20,6 +20,7 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layers import (
     ColumnLinear,
     Embedding,
+    LayerNorm,
     Linear,
     RowLinear,
     attend,
@@ -34,7 +35,14 @@ from bigbatch.recipes.core.models.config import EncoderSection, padded_vocabular
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
 from bigbatch.recipes.core.parallel import ALONE, Axis
 from bigbatch.recipes.core.sequence_parallel import counted_once, first_token, own_tokens, to_heads, to_tokens
-from bigbatch.recipes.core.tensor_parallel import copy_in, gather_out, own_random_numbers, sum_out
+from bigbatch.recipes.core.tensor_parallel import (
+    copy_in,
+    gather_out,
+    own_random_numbers,
+    own_rows,
+    sum_out,
+    whole_rows,
+)
 
 
 class Context(NamedTuple):
@@ -43,6 +51,8 @@ class Context(NamedTuple):
     rotary: torch.Tensor | None  # [2, B or 1, T, 1, E / 2]
     mask: torch.Tensor | None  # [B, T, T], None: every token sees its whole row
     sequence: Axis = ALONE  # of the ranks that the tokens are divided over
+    spread: Axis = ALONE  # of the tensor ranks that what lies between the layers is divided over: [B * T / t, D]
+    num_rows: int = 0  # 0: as many as the hidden states have
 
 
 class MaskedLanguageModel(nn.Module):
@@ -52,7 +62,8 @@ class MaskedLanguageModel(nn.Module):
     `named_parameters` names the tied embedding once, `encoder.embed.tokens.weight`. Over tensor ranks each has its
     share of the heads, of the inner units and of the vocabulary, drawn as a part of the whole; all else is replicated.
     Over sequence ranks, with labels, each computes its own part of the rows, which are the same on all of them; what it
-    returns is of whole rows.
+    returns is of whole rows. With `tensor_sequence` and labels the hidden states between the layers are not replicated
+    on the tensor ranks but divided along tokens.
     """
 
     def __init__(
@@ -62,10 +73,11 @@ class MaskedLanguageModel(nn.Module):
         has_pairs: bool = False,
         tensor: Axis = ALONE,
         sequence: Axis = ALONE,
+        tensor_sequence: bool = False,
     ) -> None:
         """Build it; raise UserError where the vocabulary does not divide over the tensor ranks."""
         super().__init__()
-        self.sequence = sequence
+        self.sequence, self.spread = sequence, tensor if tensor_sequence else ALONE
         self.section, self.has_pairs = section, has_pairs
         self.vocabulary_size = vocabulary_size
         self.encoder = Encoder(section, vocabulary_size, tensor)
@@ -88,8 +100,8 @@ class MaskedLanguageModel(nn.Module):
 
         With pairs, also the logits [B, 2] of each row's pair: it belongs together, it does not.
         """
-        sequence = ALONE if labels is None else self.sequence
-        hidden = self.encoder(tokens, positions, documents, segments, sequence)
+        sequence, spread = (ALONE, ALONE) if labels is None else (self.sequence, self.spread)
+        hidden = self.encoder(tokens, positions, documents, segments, sequence, spread)
         chosen = hidden
         if targets is None:
             labels = None if labels is None else own_tokens(labels, sequence)
@@ -117,7 +129,7 @@ class Encoder(nn.Module):
         self.section = section
         self.embed = InputEmbedding(section, padded_vocabulary(vocabulary_size, section, tensor.size), tensor)
         self.blocks = nn.ModuleList(Block(section, tensor) for _ in range(section.num_layers))
-        self.norm = _norm(section) if section.norm == "pre" else nn.Identity()
+        self.norm = _norm(section) if section.norm == "pre" else _NoNorm()
 
     def forward(
         self,
@@ -126,10 +138,12 @@ class Encoder(nn.Module):
         documents: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
         sequence: Axis = ALONE,
+        spread: Axis = ALONE,
     ) -> torch.Tensor:
         """Return the hidden states [B, T, D] of tokens [B, T]; the others, each [B, T], may be left out.
 
-        Of these a sequence rank returns its own part; it gets them whole.
+        Of these a sequence rank returns its own part; it gets them whole. The tensor ranks `spread` divide what lies
+        between the layers along tokens.
 
         With `documents` a token sees only the tokens of its own number, and positions start anew with each number,
         whose tokens stand side by side; `positions` overrides. Without `segments` all tokens are of the first kind.
@@ -141,14 +155,16 @@ class Encoder(nn.Module):
             positions = count_positions(tokens, documents)
         segments = torch.zeros_like(tokens) if segments is None else segments
         tokens, positions, segments = (own_tokens(values, sequence) for values in (tokens, positions, segments))
-        hidden = self.embed(tokens, positions, segments)
-        context = self._context(hidden, positions, documents, sequence)
-        for block in self.blocks:
-            if self.section.recompute_activations and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, context, use_reentrant=False)
-            else:
-                hidden = block(hidden, context)
-        return self.norm(hidden)
+        with own_random_numbers(spread, tokens.device, wanted=self.training and self.section.dropout > 0):
+            hidden = self.embed(tokens, positions, segments, spread)
+            context = self._context(hidden, positions, documents, sequence)
+            context = context._replace(spread=spread, num_rows=len(tokens))
+            for block in self.blocks:
+                if self.section.recompute_activations and torch.is_grad_enabled():
+                    hidden = checkpoint(block, hidden, context, use_reentrant=False)
+                else:
+                    hidden = block(hidden, context)
+        return whole_rows(self.norm(hidden, spread), spread, len(tokens))
 
     def _context(
         self, hidden: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor | None, sequence: Axis
@@ -171,15 +187,17 @@ class InputEmbedding(nn.Module):
         self.segments = Embedding(section.num_segments, size, deviation)
         is_absolute = section.positions == "absolute"
         self.positions = Embedding(section.max_positions, size, deviation) if is_absolute else None
-        self.norm = _norm(section) if section.norm == "post" else nn.Identity()
+        self.norm = _norm(section) if section.norm == "post" else _NoNorm()
         self.dropout = nn.Dropout(section.dropout)
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        """Return the first hidden states [B, T, D] of tokens [B, T] at positions [B or 1, T]."""
-        hidden = self.tokens(tokens) + self.segments(segments)
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor, spread: Axis = ALONE
+    ) -> torch.Tensor:
+        """Return the first hidden states [B, T, D] of tokens [B, T] at positions [B or 1, T], or a rank's part."""
+        hidden = self.tokens(tokens, spread) + self.segments(own_rows(segments, spread), spread)
         if self.positions is not None:
-            hidden = hidden + self.positions(positions)
-        return self.dropout(self.norm(hidden))
+            hidden = hidden + self.positions(own_rows(positions.expand(len(tokens), -1), spread), spread)
+        return self.dropout(self.norm(hidden, spread))
 
 
 class Block(nn.Module):
@@ -195,12 +213,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(section.dropout)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        """Map hidden states [B, T, D] to the next ones."""
+        """Map hidden states [B, T, D], or a rank's part of them, to the next ones."""
+        spread = context.spread
         if self.is_post_norm:
-            hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, context)))
-            return self.feed_forward_norm(hidden + self.dropout(self.feed_forward(hidden)))
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), context))
-        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+            hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, context)), spread)
+            return self.feed_forward_norm(hidden + self.dropout(self.feed_forward(hidden, spread)), spread)
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden, spread), context))
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden, spread), spread))
 
 
 class Attention(nn.Module):
@@ -219,14 +238,17 @@ class Attention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         """Mix the hidden states [B, T, D] of a row's tokens."""
-        query, key, value = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(2)
+        heads = self.qkv(hidden, context.spread).view(
+            context.num_rows or len(hidden), -1, 3, self.num_heads, self.head_size
+        )
+        query, key, value = heads.unbind(2)
         if context.rotary is not None:
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         query, key, value = to_heads((query, key, value), context.sequence)
         dropout = self.dropout if self.training else 0.0
         with own_random_numbers(self.tensor, query.device, wanted=dropout > 0):
             mixed = attend(query, key, value, context.mask, False, dropout)
-        return self.out(to_tokens(mixed, context.sequence))
+        return self.out(to_tokens(mixed, context.sequence), context.spread)
 
 
 class FeedForward(nn.Module):
@@ -238,9 +260,9 @@ class FeedForward(nn.Module):
         self.up = ColumnLinear(size, (inner,), True, section.initializer_range, tensor)
         self.down = RowLinear(inner, size, True, section.initializer_range, tensor)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map hidden states [B, T, D] one by one."""
-        return self.down(F.gelu(self.up(hidden)))
+    def forward(self, hidden: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:
+        """Map hidden states [B, T, D], or a rank's part of them, one by one."""
+        return self.down(F.gelu(self.up(hidden, spread)), spread)
 
 
 class FillHead(nn.Module):
@@ -259,9 +281,9 @@ class FillHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the logits [B, T, V] of hidden states [B, T, D], or the loss summed over labels [B, T]."""
-        hidden = self.norm(F.gelu(self.transform(hidden)))
+        hidden = copy_in(self.norm(F.gelu(self.transform(hidden))), self.tensor)
         if labels is None:
-            logits = F.linear(copy_in(hidden, self.tensor), self.weight, self.bias)
+            logits = F.linear(hidden, self.weight, self.bias)
             return gather_out(logits, self.tensor)[..., : self.vocabulary_size]
         return chunked_cross_entropy(
             hidden.flatten(0, 1),
@@ -296,8 +318,13 @@ def _own_targets(
     return hidden.flatten(0, 1)[places[is_own]].unsqueeze(0), labels[is_own].unsqueeze(0)
 
 
-def _norm(section: EncoderSection) -> nn.LayerNorm:
-    return nn.LayerNorm(section.hidden_size, section.norm_epsilon)
+class _NoNorm(nn.Module):
+    def forward(self, hidden: torch.Tensor, _: Axis) -> torch.Tensor:
+        return hidden
+
+
+def _norm(section: EncoderSection) -> LayerNorm:
+    return LayerNorm(section.hidden_size, section.norm_epsilon)
 
 
 # ----------------------------------------------------------------------------------- to and from Hugging Face

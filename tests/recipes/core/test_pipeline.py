@@ -45,11 +45,15 @@ AGREEING += [
     ("pairs", "pp2"),
     ("pairs", "sp2"),
 ]
+SPREAD = [("gpt2", "dp2xtp2_spread"), ("llama", "tp2xsp2_spread"), ("deep", "tp2_spread"), ("isolate", "tp2_spread")]
+SPREAD += [("gpt2", "tp2xpp2_spread"), ("bert", "dp2xtp2_spread"), ("pairs", "tp2xsp2_spread")]
+AGREEING += SPREAD
 MATRIX = [(one, other) for one in PLANS for other in PLANS]
 RESUMES = [(one, other) for one, other in MATRIX if {one, other} & {*STAGED} and not {one, other} & {*SEQUENCED}]
 RESUMES += [("one", "sp2"), ("sp2", "zero3x2"), ("zero0x2", "dp2xsp2"), ("dp2xsp2", "one"), ("dp2xtp2", "dp2xsp2")]
 RESUMES += [("sp2", "tp2xsp2"), ("tp2xsp2", "pp2"), ("tp2xpp2", "sp2")]
 RESUMES = MATRIX if WRITES_TABLE else RESUMES
+RESUMES += [("dp2xtp2_spread", "zero1x2"), ("tp2", "tp2_spread")]
 TEXT = "".join(f"The {i * i} of {i} and {i % 7} is {i * 3 + i % 5}.\n" for i in range(300))
 
 

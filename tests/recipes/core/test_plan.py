@@ -180,6 +180,25 @@ def test_a_feed_forward_size_and_a_vocabulary_that_do_not_divide_are_refused():
     assert told[1] == "4 does not divide the padded vocabulary 998; right is 2 or 499"
 
 
+@pytest.mark.parametrize(
+    ("length", "degrees", "expected"),
+    [
+        (128, {}, "true, but parallel.tensor is 1; right is false"),
+        (102, {"tensor": 4}, "true, but tensor 4 does not divide data.sequence_length 102; right is false"),
+        (66, {"tensor": 2, "sequence": 2}, "true, but tensor 2 x sequence 2 does not divide data.sequence_length 66"),
+    ],
+)
+def test_tokens_that_do_not_divide_over_the_tensor_ranks_are_refused(length, degrees, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        make_plan(JOB._replace(sequence_length=length, tensor_sequence=True), 24, **degrees)
+    assert caught.value.where == "parallel.tensor_sequence"
+
+
+def test_a_search_divides_tokens_wherever_there_are_tensor_ranks():
+    plans = list(legal_plans(JOB._replace(tensor_sequence=True), 4))
+    assert {(plan.tensor, plan.tensor_sequence) for plan in plans} == {(1, False), (2, True), (4, True)}
+
+
 def test_a_batch_that_does_not_divide_is_refused_at_every_stage_of_the_ramp():
     batch = BatchSection(global_size=48, ramp=(RampStage(until_step=10, global_size=20),))
     with pytest.raises(

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from bigbatch.recipes.core.layout import split
 
 EXACT = ("gpt2", "llama", "recompute", "encoder")
+SPREAD = ("spread_gpt2", "spread_llama", "spread_recompute", "spread_encoder", "spread_rotary")
+DROPPING = ("gpt2", "recompute", "dropout", "dropout_recompute")
 REPLICATED = ("norm", "positions", "segments", "out.bias", "down.bias", "transform", "pooler", "pair_head")
 
 
@@ -57,7 +59,7 @@ def test_each_rank_draws_its_share_of_the_weights_of_one_rank(results, case):
         assert all(torch.equal(found[name], expected_part(name, whole[name], rank)) for name in names)
 
 
-@pytest.mark.parametrize("case", [*EXACT, "from_logits"])
+@pytest.mark.parametrize("case", [*EXACT, *SPREAD, "from_logits"])
 def test_each_rank_has_its_share_of_the_gradients_of_one_rank(results, case):
     whole, *ranks = results
     for name in (name for name in whole if name.startswith(f"{case}/grad")):
@@ -66,7 +68,7 @@ def test_each_rank_has_its_share_of_the_gradients_of_one_rank(results, case):
             torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", [*EXACT, *SPREAD])
 def test_loss_and_logits_are_whole_on_every_rank_and_those_of_one_rank(results, case):
     whole, *ranks = results
     for found in ranks:
@@ -75,7 +77,7 @@ def test_loss_and_logits_are_whole_on_every_rank_and_those_of_one_rank(results, 
         torch.testing.assert_close(found[f"{case}/logits"], whole[f"{case}/logits"], rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("case", ["gpt2", "recompute", "dropout", "dropout_recompute"])
+@pytest.mark.parametrize("case", [f"{how}{name}" for how in ("", "spread_") for name in DROPPING])
 def test_what_is_replicated_gets_the_same_gradient_on_all_ranks_bit_for_bit(results, case):
     _, first, second = results
     names = [name for name in first if name.startswith(f"{case}/grad") and any(word in name for word in REPLICATED)]
@@ -88,16 +90,26 @@ def test_what_is_divided_is_dropped_by_numbers_of_each_ranks_own(results):
     assert not torch.isclose(first, second).any()
 
 
-def test_dropout_leaves_the_generators_of_all_ranks_at_the_same_place(results):
+@pytest.mark.parametrize("how", ["", "spread_"])
+def test_what_is_spread_is_dropped_by_each_rank_on_its_own(results, how):
+    _, first, second = (found[f"{how}dropout/dropped"] for found in results)
+    assert first.float().mean() == pytest.approx(0.2, abs=0.06)
+    assert first.shape == ((24, 32) if how else (3, 16, 32))  # of 3 rows of 16 tokens
+    assert torch.equal(first, second) == (how == "")
+
+
+@pytest.mark.parametrize("how", ["", "spread_"])
+def test_dropout_leaves_the_generators_of_all_ranks_at_the_same_place(results, how):
     _, first, second = results
-    assert torch.equal(first["dropout/after"], second["dropout/after"])
-    assert torch.equal(first["dropout/loss"], second["dropout/loss"])
-    assert not torch.equal(first["dropout/loss"], first["gpt2/loss"])
+    assert torch.equal(first[f"{how}dropout/after"], second[f"{how}dropout/after"])
+    assert torch.equal(first[f"{how}dropout/loss"], second[f"{how}dropout/loss"])
+    assert not torch.equal(first[f"{how}dropout/loss"], first["gpt2/loss"])
 
 
-def test_a_recomputed_layer_drops_the_same_again(results):
+@pytest.mark.parametrize("how", ["", "spread_"])
+def test_a_recomputed_layer_drops_the_same_again(results, how):
     for found in results[1:]:
-        again = {name: value for name, value in found.items() if name.startswith("dropout_recompute/")}
+        again = {name: value for name, value in found.items() if name.startswith(f"{how}dropout_recompute/")}
         for name, value in again.items():
             torch.testing.assert_close(value, found[name.replace("_recompute", "", 1)], rtol=1e-6, atol=1e-6)
 
