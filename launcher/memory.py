@@ -165,7 +165,8 @@ def layer_activation_bytes(work: Workload, plan: ParallelPlan) -> float:
 
     For GPT-2 with dropout it is 34 D (https://arxiv.org/abs/2205.05198, section 4, without the 5 H T of attention that
     flash attention does not keep), under tensor parallelism (10 + 24 / t) D, which tensor_sequence makes 34 / t D
-    (equation 4); other layers are counted alike. Sequence ranks keep what they exchanged: not the projections that it came from, but what attention made in both layouts.
+    (equation 4); other layers are counted alike. Sequence ranks keep what they exchanged: not the projections that it
+    came from, but what attention made in both layouts.
     """
     model, size, is_exchanged = work.model, work.working_bytes, plan.sequence > 1
     hidden, inner, tensor = model.hidden_size, model.inner_size, plan.tensor

@@ -145,8 +145,7 @@ def cases() -> dict[str, Case]:
         found[f"long_zero{stage}x2"] = Case(2, stage, sequence_length=640, micro_size=2)
         found[f"sequence_zero{stage}x2"] = Case(zero_stage=stage, sequence_length=640, sequence=2)
         found[f"sequence_llama_zero{stage}x2"] = Case(1, stage, "fp32", "llama", 640, micro_size=2, sequence=2)
-    for name, spreads in (("tensor", False), ("spread", True)):
-        found[f"{name}_zero1x2"] = Case(1, 1, "fp32", sequence_length=640, tensor=2, tensor_sequence=spreads)
+    found["spread_zero1x2"] = Case(1, 1, "fp32", sequence_length=640, tensor=2, tensor_sequence=True)
     whole = {name: 10**9 for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")}
     for dtype in ("bf16", "fp32"):
         found[f"local_sgdx2_{dtype}"] = Case(2, 0, dtype, micro_size=1, sync="local_sgd")
@@ -232,7 +231,11 @@ def main(table: Path, names: list[str]) -> int:
         for name, case in cases().items():
             if names and name not in names:
                 continue
-            if any(run_forked(partial(measure, case, path), case.data * case.sequence, path.with_suffix(".log"))):
+            if any(
+                run_forked(
+                    partial(measure, case, path), case.data * case.sequence * case.tensor, path.with_suffix(".log")
+                )
+            ):
                 print(name, "failed:", *(log.read_text() for log in path.parent.glob("*.log")), sep="\n")
                 return 1
             measured, predicted = int(path.read_text()), case.predicted_bytes()

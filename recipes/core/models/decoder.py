@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         if labels is None:
             result = self.head(hidden, None, last_only)
             return self.expert.first_in_place(result)  # ranks may round differently, and all are to write the same text
-        result = sum_out(self.head(hidden, own_tokens(labels, sequence), spread=spread), sequence)
+        result = sum_out(self.head(hidden, own_tokens(labels, sequence), False, spread), sequence)
         return result + self._auxiliary_loss(labels) if self.training and self.section.num_expert_layers else result
 
     def layers(self) -> list[nn.Module]:

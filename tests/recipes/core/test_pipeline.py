@@ -45,9 +45,9 @@ AGREEING += [
     ("pairs", "pp2"),
     ("pairs", "sp2"),
 ]
-SPREAD = [("gpt2", "dp2xtp2_spread"), ("llama", "tp2xsp2_spread"), ("deep", "tp2_spread"), ("isolate", "tp2_spread")]
-SPREAD += [("gpt2", "tp2xpp2_spread"), ("bert", "dp2xtp2_spread"), ("pairs", "tp2xsp2_spread")]
-AGREEING += SPREAD
+AGREEING += [("gpt2", f"{plan}_spread") for plan in ("dp2xtp2", "tp2xpp2", "tp2xsp2")]
+AGREEING += [("llama", "dp2xtp2_spread"), ("isolate", "tp2_spread"), ("bert", "dp2xtp2_spread")]
+AGREEING += [("pairs", "tp2xsp2_spread")]
 MATRIX = [(one, other) for one in PLANS for other in PLANS]
 RESUMES = [(one, other) for one, other in MATRIX if {one, other} & {*STAGED} and not {one, other} & {*SEQUENCED}]
 RESUMES += [("one", "sp2"), ("sp2", "zero3x2"), ("zero0x2", "dp2xsp2"), ("dp2xsp2", "one"), ("dp2xtp2", "dp2xsp2")]
