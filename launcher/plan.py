@@ -165,7 +165,7 @@ def settings(option: Option, resolved: Resolved) -> list[str]:
     """Return the plan as `--set` takes it."""
     plan = option.plan
     lines = [f"parallel.{axis}={getattr(plan, axis)}" for axis in AXES[1:] if getattr(plan, axis) > 1]
-    if plan.tensor_sequence != resolved.config.parallel.tensor_sequence:  # there is nothing for it to divide
+    if plan.tensor_sequence != resolved.config.parallel.tensor_sequence:  # which not every plan goes with
         lines.append("parallel.tensor_sequence=false")
     if plan.zero_stage != zero_stage(resolved.config, resolved.deepspeed):  # stated in one place alone
         shipped = ["parallel.zero_stage=null", f"deepspeed=zero{plan.zero_stage}"]

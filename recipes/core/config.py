@@ -146,7 +146,7 @@ class ParallelSection(Section):
     """Divide over the tensor ranks, along tokens, what lies between the layers too: norms, dropout, residual stream
     (https://arxiv.org/abs/2205.05198, section 4.2.2). Off by default: it saves activations, but of what a layer takes
     in each rank then keeps its own tokens alone and gathers the others again in the backward pass, a quarter more
-    bytes."""
+    bytes. Not with a pipeline."""
     pipeline: PositiveInt = 1
     """Stages that consecutive layers are divided into; micro-batches pass through one after another. ZeRO stage 1."""
     expert: PositiveInt = 1

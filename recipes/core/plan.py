@@ -160,8 +160,10 @@ def broken_rules(plan: ParallelPlan, job: Job, world_size: int) -> Iterator[Brok
             f"{plan.sequence} with pipeline {plan.pipeline}: DeepSpeed's pipeline has no sequence axis; right is 1"
         )
         yield BrokenRule("parallel.sequence", message)
-    if plan.tensor_sequence and plan.tensor == 1:
-        yield BrokenRule("parallel.tensor_sequence", "true, but parallel.tensor is 1; right is false")
+    if plan.tensor_sequence and (plan.tensor == 1 or plan.pipeline > 1):
+        # DeepSpeed's pipeline takes what passes between stages for replicated: each tensor rank sends a part of it.
+        found = f"with pipeline {plan.pipeline}" if plan.pipeline > 1 else "but parallel.tensor is 1"
+        yield BrokenRule("parallel.tensor_sequence", f"true, {found}; right is false")
     for axis in ("tensor", "pipeline", "sequence"):
         if getattr(plan, axis) > 1 and (job.model is None or axis not in job.axes):
             message = f"{getattr(plan, axis)}, but this recipe's model is not divided along this axis; right is 1"
@@ -184,7 +186,7 @@ def legal_plans(job: Job, world_size: int) -> Iterator[ParallelPlan]:
                 data = world_size // (tensor * pipeline * sequence)
                 for zero_stage, expert in product(range(4), divisors(data) if _num_experts(job) > 1 else [1]):
                     plan = ParallelPlan(data, tensor, pipeline, sequence, zero_stage, expert=expert)
-                    plan = replace(plan, tensor_sequence=job.tensor_sequence and tensor > 1)
+                    plan = replace(plan, tensor_sequence=job.tensor_sequence and tensor > 1 and pipeline == 1)
                     yield from _with_micro_sizes(plan, job, world_size)
 
 

@@ -50,7 +50,6 @@ PLANS = {
 PLANS |= {
     "tp2_spread": ParallelPlan(tensor=2, zero_stage=0, tensor_sequence=True),
     "dp2xtp2_spread": ParallelPlan(data=2, tensor=2, zero_stage=3, tensor_sequence=True),
-    "tp2xpp2_spread": ParallelPlan(tensor=2, pipeline=2, tensor_sequence=True),
     "tp2xsp2_spread": ParallelPlan(tensor=2, sequence=2, zero_stage=2, tensor_sequence=True),
 }
 PLANS |= {f"ep2_zero{stage}": ParallelPlan(data=2, zero_stage=stage, expert=2) for stage in range(3)}

@@ -45,7 +45,7 @@ AGREEING += [
     ("pairs", "pp2"),
     ("pairs", "sp2"),
 ]
-AGREEING += [("gpt2", f"{plan}_spread") for plan in ("dp2xtp2", "tp2xpp2", "tp2xsp2")]
+AGREEING += [("gpt2", f"{plan}_spread") for plan in ("dp2xtp2", "tp2xsp2")]
 AGREEING += [("llama", "dp2xtp2_spread"), ("isolate", "tp2_spread"), ("bert", "dp2xtp2_spread")]
 AGREEING += [("pairs", "tp2xsp2_spread")]
 MATRIX = [(one, other) for one in PLANS for other in PLANS]

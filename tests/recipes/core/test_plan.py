@@ -184,6 +184,7 @@ def test_a_feed_forward_size_and_a_vocabulary_that_do_not_divide_are_refused():
     ("length", "degrees", "expected"),
     [
         (128, {}, "true, but parallel.tensor is 1; right is false"),
+        (128, {"tensor": 2, "pipeline": 2}, "true, with pipeline 2; right is false"),
         (102, {"tensor": 4}, "true, but tensor 4 does not divide data.sequence_length 102; right is false"),
         (66, {"tensor": 2, "sequence": 2}, "true, but tensor 2 x sequence 2 does not divide data.sequence_length 66"),
     ],
@@ -196,7 +197,12 @@ def test_tokens_that_do_not_divide_over_the_tensor_ranks_are_refused(length, deg
 
 def test_a_search_divides_tokens_wherever_there_are_tensor_ranks():
     plans = list(legal_plans(JOB._replace(tensor_sequence=True), 4))
-    assert {(plan.tensor, plan.tensor_sequence) for plan in plans} == {(1, False), (2, True), (4, True)}
+    assert {(plan.tensor, plan.tensor_sequence) for plan in plans if plan.pipeline == 1} == {
+        (1, False),
+        (2, True),
+        (4, True),
+    }
+    assert not any(plan.tensor_sequence for plan in plans if plan.pipeline > 1)
 
 
 def test_a_batch_that_does_not_divide_is_refused_at_every_stage_of_the_ramp():
