@@ -20,7 +20,7 @@ from bigbatch.recipes.core.engine import import_deepspeed
 from bigbatch.recipes.core.layers import draw
 from bigbatch.recipes.core.layout import logical_shapes
 from bigbatch.recipes.core.models.config import DecoderSection
-from bigbatch.recipes.core.parallel import Axis
+from bigbatch.recipes.core.parallel import ALONE, Axis
 
 
 class MixtureFeedForward(nn.Module):
@@ -56,8 +56,8 @@ class MixtureFeedForward(nn.Module):
         self.auxiliary_loss = torch.zeros(())
         """The load-balancing loss of the last call's tokens, float32."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map hidden states [B, T, D] one by one, each by the experts that the router chooses."""
+    def forward(self, hidden: torch.Tensor, spread: Axis = ALONE) -> torch.Tensor:
+        """Map hidden states [B, T, D] one by one, each by the experts that the router chooses; no plan spreads them."""
         gate: Any = self.moe.deepspeed_moe.gate
         gate.wg = SimpleNamespace(weight=self.router)
         tokens, factor = hidden.flatten(0, 1), self.section.capacity_factor if self.training else None
