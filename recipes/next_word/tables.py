@@ -81,13 +81,16 @@ def prepare_tables(folder: Path, order: int, num_tokens: int) -> None:
     if (target / FILE).exists():
         return
     tables = count_ngrams(_first(stream.parts, num_tokens), stream.vocabulary_size, stream.end_of_text, order)
-    target.mkdir(exist_ok=True)
-    for name, array in _arrays(tables):
-        np.save(target / name, array)
-        sync(target / name)
-    hashes = {name: hash_of(target / name) for name, _ in _arrays(tables)}
-    document = {"version": VERSION, "text": stream.fingerprint, "hashes": hashes}
-    write_atomically(target / FILE, json.dumps(document, indent=1) + "\n")
+    try:
+        target.mkdir(exist_ok=True)
+        for name, array in _arrays(tables):
+            np.save(target / name, array)
+            sync(target / name)
+        hashes = {name: hash_of(target / name) for name, _ in _arrays(tables)}
+        document = {"version": VERSION, "text": stream.fingerprint, "hashes": hashes}
+        write_atomically(target / FILE, json.dumps(document, indent=1) + "\n")
+    except OSError as error:
+        raise UserError("data.prepared_dir", f"{target} cannot be written: {error}; make room") from error
 
 
 def open_tables(folder: Path, order: int, num_tokens: int) -> Tables:
