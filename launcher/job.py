@@ -118,7 +118,7 @@ class Job:
     def __init__(self, run_dir: Path, job: dict[str, Any], allocation: Allocation, signals: Signals) -> None:
         self.run_dir, self.job, self.allocation, self.signals = run_dir, job, allocation, signals
         self.profile: dict[str, Any] = job["profile"]
-        self.num_nodes, self._failed_since = 0, float("inf")
+        self.num_nodes, self._failed_since, self._is_prepared = 0, float("inf"), False
         mates = {allocation.job_id, *job["chain_job_ids"]}
         self.events = [event for event in read_events(run_dir) if event["job_id"] in mates]
 
@@ -187,8 +187,9 @@ class Job:
         (self.run_dir / "log").mkdir(exist_ok=True)
         checks = self.profile["check_nodes"]
         status = self._step("check", self._num_ranks, clock, CHECK_SECONDS) if checks else EXIT_DONE
-        if status == EXIT_DONE and not newest_step(self.run_dir):
+        if status == EXIT_DONE and not self._is_prepared:  # a later start's too: scratch storage is swept
             status = self._step("prepare", 1, clock)
+            self._is_prepared = status == EXIT_DONE
         if status == EXIT_DONE:
             status = self._step("train", self._num_ranks, clock)
         failure = _read_object(self.run_dir / "failure.json")
