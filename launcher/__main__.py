@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -267,14 +268,34 @@ def run_tests(arguments: list[str]) -> int:
     """Check style and types when the whole suite is asked for, then run the tests; pytest has the last word."""
     slow = "--slow" in arguments
     chosen = [argument for argument in arguments if argument != "--slow"]
-    failed = [] if chosen else [name for name, command in checks() if not passes(name, command)]
     if chosen:
         say("Tests alone; `python3 launcher test` without arguments also checks style and types")
+        return subprocess.run(pytest(slow, "", *chosen), cwd=ROOT, env=test_environment(), check=False).returncode
+    failed = [name for name, command in checks() if not passes(name, command)]
     if failed:
         say(f"FAILED: {', '.join(failed)} (the exit status will say so; the tests follow)")
-    pytest = [str(VENV_PYTHON), "-P", "-m", "pytest", *([] if slow else ["-m", "not slow"]), *chosen]
-    status = subprocess.run(pytest, cwd=ROOT, env=test_environment(), check=False).returncode
-    return status or int(bool(failed))
+    return run_suite(slow) or int(bool(failed))
+
+
+def run_suite(slow: bool) -> int:
+    """Run the tests of the emulated cluster, which wait most of the time, beside all others; return the exit status."""
+    beside = pytest(slow, "slurm", "-p", "no:cacheprovider")
+    with tempfile.TemporaryFile() as output:
+        cluster = subprocess.Popen(beside, cwd=ROOT, env=test_environment(), stdout=output, stderr=output)
+        try:
+            status = subprocess.run(pytest(slow, "not slurm"), cwd=ROOT, env=test_environment(), check=False).returncode
+            status = cluster.wait() or status
+        finally:
+            cluster.terminate()
+            output.seek(0)
+            say(f"Tests on the emulated cluster:\n{output.read().decode(errors='replace')}")
+    return status
+
+
+def pytest(slow: bool, marked: str, *arguments: str) -> list[str]:
+    """Return the command that runs the tests of a mark, with the slow ones or without."""
+    marks = " and ".join(mark for mark in (marked, "" if slow else "not slow") if mark)
+    return [str(VENV_PYTHON), "-P", "-m", "pytest", *(["-m", marks] if marks else []), *arguments]
 
 
 def checks() -> list[tuple[str, list[str]]]:
