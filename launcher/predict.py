@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from bigbatch.recipes.core.config import OptimizerSection, TokenizerSection
 from bigbatch.recipes.core.data.sources import locate
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, padded_vocabulary
+from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, VisionSection, padded_vocabulary
 
 ASSUMED_CHARACTERS, ASSUMED_WORDS = 256, 30_000  # how many different ones a text has is not known before it is read
 
@@ -70,6 +70,13 @@ def count_active_parameters(model: DecoderSection, vocabulary_size: int) -> int:
     """Count the parameters of a decoder that one token meets: of a mixture the chosen experts alone."""
     idle = model.num_expert_layers * max(0, model.num_experts - model.experts_per_token) * expert_parameters(model)
     return count_parameters(model, vocabulary_size) - idle
+
+
+def count_vision_parameters(model: VisionSection, image_size: int, num_channels: int, num_labels: int) -> int:
+    """Count the parameters of a Vision Transformer."""
+    hidden, tokens = model.hidden_size, (image_size // model.patch_size) ** 2
+    outer = num_channels * model.patch_size**2 + 1 + tokens + 2 * (model.pooling == "class") + 2
+    return outer * hidden + model.num_layers * _layer(hidden, model.blocks.inner_size) + (hidden + 1) * num_labels
 
 
 def expert_parameters(model: DecoderSection) -> int:

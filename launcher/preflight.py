@@ -20,17 +20,19 @@ from bigbatch.launcher.predict import (
     checkpoint_bytes,
     count_active_parameters,
     count_parameters,
+    count_vision_parameters,
     look_at_start,
     vocabulary_size,
 )
 from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
-from bigbatch.recipes.core.data.sources import SourceFile, archive_and_member, is_local, list_files
+from bigbatch.recipes.core.data.sources import IMAGE_FORMATS, SourceFile, archive_and_member, is_local, list_files
 from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
+from bigbatch.recipes.core.models.config import VisionSection
 
-DOCUMENTS = ("parquet", "squad", "slots")  # whose rows are not lines
+DOCUMENTS = ("parquet", "squad", "slots", *IMAGE_FORMATS)  # whose rows are not lines
 SPLITS = ("train", "validation", "test")
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly
 COUNTED_BYTES = 2**26  # rows of more are not counted: that would be seconds
@@ -156,8 +158,8 @@ def _source(data: Any, source: Any, where: str) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("data", "error", error.where.replace("[0]", where, 1), error.message)
         return
-    columns = _columns(files[0])
     wanted = _wanted_columns(data, files[0])
+    columns = _columns(files[0]) if wanted else None
     for name, setting in wanted.items():
         if columns is not None and name not in columns:
             there = ", ".join(map(shown, columns)) or "none"
@@ -369,6 +371,9 @@ def parameters_of(config: Any) -> Parameters | None:
     """Count the model's parameters; None where the document does not say enough."""
     data: Any = getattr(config, "data", None)
     model: Any = getattr(config, "model", None)
+    if isinstance(model, VisionSection):
+        labels = len(data.labels)
+        return Parameters(count_vision_parameters(model, data.image_size, data.num_channels, labels), labels > 0)
     if not hasattr(data, "tokenizer"):
         return None
     if hasattr(model, "backbone") and getattr(model, "initialize_from", None):

@@ -68,7 +68,7 @@ def _changes(manifest: dict[str, Any], data: Any) -> str:
     known = {item for item in recorded if not item[0].startswith(HUGGING_FACE)}
     if changed := now ^ known:
         return f"{min(changed)[0]} is not what it was"
-    path = data.tokenizer.path
+    path = data.tokenizer.path if hasattr(data, "tokenizer") else None
     if path and "tokenizer_fingerprint" in manifest:
         folder = locate(path)
         if fingerprint(folder / "tokenizer.json" if folder.is_dir() else folder) != manifest["tokenizer_fingerprint"]:

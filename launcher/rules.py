@@ -238,6 +238,8 @@ _EFFECTS = (
     _Effect("data.packing", _attends, "a model that attends"),
     _Effect("model.keep_head", _starts_from_another, "model.initialize_from"),
     _Effect("model.redraw_layers", _starts_from_another, "model.initialize_from"),
+    _Effect("augment.magnitude", lambda run: run.augment.random_operations > 0, "augment.random_operations above 0"),
+    _Effect("augment.operations", lambda run: run.augment.random_operations > 0, "augment.random_operations above 0"),
     _Effect("sample.top_k", lambda run: run.sample.temperature > 0, "a sample.temperature above 0"),
     _Effect("sample.top_p", lambda run: run.sample.temperature > 0, "a sample.temperature above 0"),
 )

@@ -30,6 +30,7 @@ RECORDED_PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "pillow",
     "pyarrow",
     "pydantic",
     "tensorboard",

@@ -35,7 +35,8 @@ by up to 1e-5 of it in deep models; a wrong weight, by more than 1e-3."""
 SHARD_BYTES = 4 * 2**30
 RECORD_FILE = "conversion.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-NAMES = {"tokens": "input_ids", "segments": "token_type_ids"}  # of the inputs, ours and transformers'
+# Of the inputs, ours and transformers'.
+NAMES = {"tokens": "input_ids", "segments": "token_type_ids", "pixels": "pixel_values"}
 PARITY_SAMPLES = 2
 PARITY_TOKENS = 512
 
@@ -46,6 +47,7 @@ class Parity(NamedTuple):
     largest_difference: float
     largest_logit: float
     num_tokens: int
+    unit: str = "tokens"
 
     @property
     def bound(self) -> float:
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
     out = arguments.out.absolute()  # before the current folder may change
     parity = convert(enter_home(arguments.run_dir), out, arguments.dtype, max_ram_bytes)
     print(
-        f"{arguments.out}: logits of {parity.num_tokens} tokens equal transformers' own to "
+        f"{arguments.out}: logits of {parity.num_tokens} {parity.unit} equal transformers' own to "
         f"{parity.largest_difference:.1e} (largest logit {parity.largest_logit:.1f})",
         file=sys.stderr,
     )
@@ -118,8 +120,8 @@ def compare(
 ) -> Parity:
     """Run transformers' own model from the folder and ours from the checkpoint, in float32, on a text's tokens [B, T].
 
-    And with its segments [B, T] where it has such. Both read their weights a module at a time; ours are rounded to
-    `dtype`, which the folder has.
+    And with its segments [B, T] where it has such; or on images' pixels [B, C, S, S]. Both read their weights a module
+    at a time; ours are rounded to `dtype`, which the folder has.
     """
     theirs = _transformers_model(folder, auto_class)
     with torch.device("meta"):
@@ -128,7 +130,8 @@ def compare(
     logits, differences = [], []
     cacheless = {"use_cache": False} if "use_cache" in inspect.signature(theirs.forward).parameters else {}
     with torch.inference_mode():
-        for row in range(len(text["tokens"])):
+        first = next(iter(text.values()))
+        for row in range(len(first)):
             inputs = {name: torch.from_numpy(array[row : row + 1]) for name, array in text.items()}
             named = {NAMES[name]: array for name, array in inputs.items()}
             expected = _logits(theirs(**named, **cacheless))
@@ -136,7 +139,8 @@ def compare(
             logits.append(expected.abs().max())
             differences.append((expected - found).abs().max())
     # torch's maximum of numbers one of which is not a number is not a number; Python's may be any.
-    return Parity(float(torch.stack(differences).max()), float(torch.stack(logits).max()), text["tokens"].size)
+    unit = "numbers" if "pixels" in text else "tokens"
+    return Parity(float(torch.stack(differences).max()), float(torch.stack(logits).max()), first.size, unit)
 
 
 def _logits(output: Any) -> torch.Tensor:
@@ -149,6 +153,8 @@ def _transformers_model(folder: Path, auto_class: str) -> torch.nn.Module:
     import accelerate
     import transformers
 
+    if auto_class == "AutoModelForImageClassification":  # in memory it names its layers otherwise than in files
+        return transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
     config = transformers.AutoConfig.from_pretrained(folder)
     with accelerate.init_empty_weights(include_buffers=False):
         model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32).eval()
@@ -226,12 +232,15 @@ def _parts(reader: Reader, name: str, piece: Piece, dtype: torch.dtype, window_b
 
 def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) -> None:
     """Write configuration and generation settings, and copy the tokenizer."""
-    end, generates = facts["end_of_text"], export.generation is not None
+    end, generates = facts.get("end_of_text"), export.generation is not None
     ids = {"bos_token_id": end, "eos_token_id": end} if generates else {}
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     write_text(folder / "config.json", {**export.config, **ids, "dtype": names[dtype]})
     if generates:
         write_text(folder / "generation_config.json", {**ids, **export.generation})
+    if export.processor:
+        write_text(folder / "preprocessor_config.json", export.processor)
+        return
     tokenizer = Path(facts["tokenizer"])
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
@@ -248,12 +257,14 @@ def write_text(path: Path, content: dict[str, Any]) -> None:
 
 
 def _real_text(recipe: Any, config: Any) -> dict[str, np.ndarray]:
-    """Return tokens and segments [B, T] of a few validation samples (training ones where there is no such split)."""
+    """Return tokens and segments [B, T], or pixels [B, C, S, S], of a few validation samples, else training ones."""
     data = recipe.open_data(config)
     samples = data.validation or data.train
     ids = np.arange(min(PARITY_SAMPLES, samples.num_samples))
     batch = samples.batch(ids, np.zeros_like(ids))
-    return {name: batch[name][:, :PARITY_TOKENS] for name in NAMES if name in batch}
+    return {
+        name: batch[name][:, :PARITY_TOKENS] if name != "pixels" else batch[name] for name in NAMES if name in batch
+    }
 
 
 def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype: str) -> None:
@@ -286,8 +297,8 @@ def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype
 
 ## What was verified
 
-On {parity.num_tokens:,} tokens of real text, in float32, the logits of transformers' own model loaded from this folder
-differ from those of the model that was trained by at most {parity.largest_difference:.2e} (the largest logit is
+On {parity.num_tokens:,} {parity.unit} of real data, in float32, the logits of transformers' own model loaded from this
+folder differ from those of the model that was trained by at most {parity.largest_difference:.2e} (the largest logit is
 {parity.largest_logit:.2f}; the bound is {parity.bound:.2e}).
 """)
 

@@ -29,9 +29,10 @@ their probabilities; where a text may have any number of labels, labels alone, t
 questions takes QUESTION CONTEXT in turns, or a JSON object with both a line, or a file of such or in SQuAD's format; a
 line of its answers holds id (where given), question, answer, start and end (characters of the context; "" and null for
 no answer), probability, null_score (by how much no answer is better than the best), with --top also candidates. A model
-of the next word gives words, the likeliest behind the text. An argument that cannot be taken, an empty one for example,
-ends the command with status 2; a line of a file or of standard input gets an answer with the key error instead, in its
-place, and the number of such lines is told at the end."""
+of the next word gives words, the likeliest behind the text. A model of images takes the paths of files for texts. An
+argument that cannot be taken, an empty one for example, ends the command with status 2; a line of a file or of
+standard input gets an answer with the key error instead, in its place, and the number of such lines is told at the
+end."""
 PAUSE_SECONDS = 0.05
 BLOCK_BYTES = 2**16
 DIGITS = 6  # of a probability
@@ -53,9 +54,9 @@ def main(argv: list[str]) -> int:
     if arguments.texts and arguments.file:
         raise UserError("--file", f"is given beside the text {arguments.texts[0]!r}; give one or the other")
     file = None if arguments.file in (None, "-") else str(Path(arguments.file).expanduser().absolute())
-    path = enter_home(arguments.model)  # the current folder may change here
+    here, path = Path.cwd(), enter_home(arguments.model)  # the current folder may change here
     files = find_file(file) if file else []  # before the model is opened, which takes longer
-    predict, fields = open_predictor(path)
+    predict, fields = open_predictor(path, here)
     table = arguments.format == "table" or (arguments.format is None and sys.stdout.isatty())
     output = Output(fields, arguments.top, table)
     if file:
@@ -69,10 +70,10 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def open_predictor(path: Path) -> tuple[Predict, Fields]:
+def open_predictor(path: Path, here: Path = Path()) -> tuple[Predict, Fields]:
     """Open a run folder, a checkpoint or a Hugging Face folder; raise UserError for a model that predicts nothing.
 
-    Also return of what an input consists, () where it is a text.
+    Also return of what an input consists, () where it is a text. Inputs that are files are looked for from `here`.
     """
     import torch
 
@@ -99,7 +100,10 @@ def open_predictor(path: Path) -> tuple[Predict, Fields]:
         raise UserError(str(path), "there is no such folder; give a run folder, a checkpoint or a Hugging Face folder")
     else:
         raise UserError(str(path), "has no run.json, no manifest.json and no config.json: no model that can be opened")
-    return recipe.predictor(config, facts, model.to(device).eval()), recipes.further(recipe, "FIELDS") or ()
+    predict = recipe.predictor(config, facts, model.to(device).eval())
+    if recipes.further(recipe, "READS_FILES"):
+        return (lambda names: predict([str(here / Path(name).expanduser()) for name in names])), ()
+    return predict, recipes.further(recipe, "FIELDS") or ()
 
 
 class Output(NamedTuple):
@@ -321,10 +325,10 @@ def _cut(text: str, width: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    what = "Tell of which kind texts are, answer questions on them, or say how they go on."
+    what = "Tell of which kind texts or images are, answer questions on them, or say how they go on."
     parser = Parser(prog="bigbatch predict", description=what, epilog=EPILOG)
     parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
-    texts = "a text, or QUESTION CONTEXT in turns; - is standard input, a line each"
+    texts = "a text, the path of an image, or QUESTION CONTEXT in turns; - is standard input, a line each"
     parser.add_argument("texts", nargs="*", default=[], metavar="TEXT", help=texts)
     file = "a .txt (a line each), .jsonl, .csv, .tsv or .parquet; of questions also SQuAD's .json"
     parser.add_argument("--file", metavar="F", help=file)

@@ -27,6 +27,7 @@ from bigbatch.recipes.core.data.examples import (
     read_examples,
     write_split,
 )
+from bigbatch.recipes.core.data.labels import SHOWN_LABELS, is_known, label_names
 from bigbatch.recipes.core.data.packing import cut_windows, lay_out, truncated
 from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
 from bigbatch.recipes.core.data.sampler import Order, random_words
@@ -50,7 +51,6 @@ from bigbatch.recipes.core.errors import UserError
 NOT_CONTENT = {"prepared_dir", "sequence_length", "packing", "on_long_text"}
 ROWS_AT_ONCE = 1024
 DROPOUT = 0  # stream of random numbers
-SHOWN_LABELS = 5
 
 
 class LabeledRow(NamedTuple):
@@ -190,9 +190,9 @@ def _build(
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
     rows = cut_splits(data, rows, data.multi_label)
-    labels = _label_names(data, rows[TRAIN], counts)
+    labels = label_names(rows[TRAIN], data.labels, counts, data.multi_label)
     for split in (VALIDATION, TEST):
-        rows[split] = [row for row in rows[split] if _is_known(row, labels, data, counts)]
+        rows[split] = [row for row in rows[split] if is_known(row, labels, data.on_unseen_label, counts)]
     leaks = count_leaks(data, rows)
     check_splits(data, rows, counts)
     tokenizer = make_tokenizer(section, (row.text for row in rows[TRAIN]), folder, knows_all=False)
@@ -254,36 +254,6 @@ def _label(value: Any, origin: str, data: LabeledDataSection) -> str:
         found = f"{data.label_column!r} is {shown(value)}, not a label"
         raise UserError(origin, f"{found}: a text, a whole number, true or false would be right{hint}")
     return json.dumps(value)
-
-
-def _label_names(data: LabeledDataSection, rows: list[LabeledRow], counts: Counter[str]) -> list[str]:
-    """Return the labels in the order of the model's outputs."""
-    found = {label for row in rows for label in row.labels}
-    labels = list(data.labels) or sorted(found)
-    if not rows:
-        raise UserError("data.train", f"no row is left to train on ({shown_counts(counts)})")
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError("data.labels", f"holds {label!r} twice")
-        if label not in found:
-            raise UserError("data.labels", f"holds {label!r}, which no training row has; there are: {_some(found)}")
-    for row in rows:
-        if unknown := set(row.labels) - set(labels):
-            raise UserError(row.origin, f"has the label {min(unknown)!r}, which is not in data.labels")
-    if len(labels) < (1 if data.multi_label else 2):
-        which = f"the same label, {labels[0]!r}" if labels else "no label"
-        raise UserError("data.train", f"all {len(rows)} rows have {which}: there is nothing to learn")
-    return labels
-
-
-def _is_known(row: LabeledRow, labels: list[str], data: LabeledDataSection, counts: Counter[str]) -> bool:
-    unseen = set(row.labels) - set(labels)
-    if unseen and data.on_unseen_label == "fail":
-        found = f"has the label {min(unseen)!r}, which no training row has"
-        hint = "data.on_unseen_label 'skip' leaves such rows out"
-        raise UserError(row.origin, f"{found}; there are: {_some(labels)}; {hint}")
-    counts["unseen_label"] += bool(unseen)
-    return not unseen
 
 
 def _schema(multi_label: bool) -> pyarrow.Schema:
@@ -353,8 +323,3 @@ def _tell(folder: Path, data: LabeledDataSection) -> None:
         treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
         lines.append(f"texts that stand in an earlier split too: {shown_counts(leaks)}; {treated}")
     print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def _some(labels: "list[str] | set[str]") -> str:
-    names = sorted(labels)
-    return ", ".join(map(repr, names[:SHOWN_LABELS])) + (", ..." if len(names) > SHOWN_LABELS else "")

@@ -82,6 +82,22 @@ class TableSource(Section):
     """Of each file, all rows but these."""
 
 
+class ImageSource(Section):
+    """Images, each with a label."""
+
+    path: str
+    """A folder that holds a folder of images a class; idx images (.gz too); an .npz file; a Hugging Face data set,
+    `hf:NAME[:CONFIG[:SPLIT]]`; or `python:shapes`, drawn here. A relative path is looked for here, then under
+    $BIGBATCH_DATA."""
+    labels: str | None = None
+    """Of a folder: a .csv, .tsv or .jsonl file of images, as paths below the folder, and their labels. Of idx images:
+    the file of labels, by default the one of the same name but for `labels` and `idx1`."""
+    start: NonNegativeInt = 0
+    """idx, npz and Hugging Face: the first image that is taken, counted from 0."""
+    stop: PositiveInt | None = None
+    """The one behind the last."""
+
+
 class TokenDataSection(Section):
     """Running text for language models."""
 

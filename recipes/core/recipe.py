@@ -66,6 +66,8 @@ class HuggingFaceExport(NamedTuple):
     """generation_config.json, for a model that writes text."""
     auto_class: str = "AutoModelForCausalLM"
     """The class of transformers that builds it."""
+    processor: dict[str, Any] | None = None
+    """preprocessor_config.json, for a model of images, which has no tokenizer."""
 
 
 class Recipe(Protocol):
@@ -126,6 +128,9 @@ class Further(Protocol):
     while training, becomes one."""
     FIELDS: tuple[str, ...]
     """What an input of `predictor` consists of, where it is not one text; the first names it in messages."""
+
+    READS_FILES: bool
+    """An input of `predictor` is the path of a file."""
 
     def outputs(self, model: "torch.nn.Module", batch: Batch) -> Outputs:
         """Run the forward pass on one micro-batch for evaluation: `loss`, and what `figures` is made of."""

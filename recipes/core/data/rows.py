@@ -22,12 +22,15 @@ import xxhash
 from bigbatch.recipes.core.data.manifest import hash_of
 from bigbatch.recipes.core.data.questions import SLOT_COLUMNS, SQUAD_COLUMNS, slot_rows, squad_rows
 from bigbatch.recipes.core.data.sources import (
+    IMAGE_FORMATS,
     Source,
     SourceFile,
     archive_and_member,
     first_line,
     hugging_face_files,
     identify,
+    identify_images,
+    image_parts,
     list_files,
     load_hugging_face,
 )
@@ -95,6 +98,8 @@ def hash_file(file: SourceFile) -> str:
     paths, now = [Path(archive_and_member(file.path)[0])], None
     if file.format == "hf":
         paths, now = hugging_face_files(file.path, file.path)
+    elif file.format in IMAGE_FORMATS:
+        paths, now = [path for path in image_parts(file) if path.is_file()], identify_images(file, file.path).identity
     elif paths[0].exists():
         now = identify(file.path, file.path)
     if now != file.identity:

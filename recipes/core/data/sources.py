@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigbatch.recipes.core.config import TableSource
+from bigbatch.recipes.core.config import ImageSource, TableSource
 from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
@@ -28,7 +28,11 @@ _KINDS = ".txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file"
 _JSON = re.compile(r"\.json(\.gz)?$", re.IGNORECASE)  # a document where it is named; in a folder it may be anything
 _ARCHIVE_MEMBER = re.compile(r"(.+\.zip)!(.+)", re.IGNORECASE)
 
-Source = str | TableSource
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+LABEL_EXTENSIONS = (".csv", ".tsv", ".jsonl")
+SHAPES = "python:shapes"
+
+Source = str | TableSource | ImageSource
 
 
 class SourceFile(NamedTuple):
@@ -39,8 +43,9 @@ class SourceFile(NamedTuple):
     size_bytes: int
     modified_ns: int
     format: str
-    """One of TableSource.format, or `hf`, `stdlib`, `docstrings` or `questions`."""
-    table: TableSource
+    """One of TableSource.format, `hf`, `stdlib`, `docstrings`, `questions`, or one of IMAGE_FORMATS."""
+    table: Any
+    """The TableSource that names it; of images the ImageSource."""
 
     @property
     def identity(self) -> tuple[str, int, int]:
@@ -52,7 +57,8 @@ def list_files(sources: Sequence[Source], where: str = "data.train") -> list[Sou
     """Find the files that the sources name, folders and globs sorted; `where` is the JSON path for messages."""
     files = []
     for position, source in enumerate(sources):
-        files += _files_of(as_table(source), f"{where}[{position}]")
+        find = _image_files if isinstance(source, ImageSource) else _files_of
+        files += find(as_table(source), f"{where}[{position}]")
     return files
 
 
@@ -64,6 +70,8 @@ def local_files(source: Source) -> list[Path]:
     table = as_table(source)
     if not is_local(source):
         return []
+    if isinstance(table, ImageSource):
+        return [path for file in _image_files(table, table.path) for path in image_parts(file) if path.is_file()]
     path = locate(archive_and_member(table.path)[0])
     if path.is_dir():
         found = [item for item in path.rglob("*") if item.is_file() and (table.format or format_of(item.name))]
@@ -76,8 +84,8 @@ def is_local(source: Source) -> bool:
     return not as_table(source).path.startswith((HUGGING_FACE, "python:"))
 
 
-def as_table(source: Source) -> TableSource:
-    """Return what a plain string stands for."""
+def as_table(source: Source) -> Any:
+    """Return the TableSource or ImageSource that a source is, or a plain string stands for."""
     return TableSource(path=source) if isinstance(source, str) else source
 
 
@@ -215,12 +223,14 @@ def _check_options(table: TableSource, form: str, where: str) -> None:
         raise UserError(f"{where}.pattern", f"{table.pattern!r} names no column; write one as (?P<text>.*)")
 
 
-def _has_rows(*tables: TableSource) -> bool:
+def _has_rows(*tables: Any) -> bool:
     """Tell whether a row of a long file is taken by all.
 
     The first row that every `take_every` takes is their least common multiple; what is left out there is left out of
     all its multiples.
     """
+    if isinstance(tables[0], ImageSource):
+        return max(table.start for table in tables) < min(table.stop or math.inf for table in tables)
     first = math.lcm(*(table.take_every or 1 for table in tables))
     return all(table.skip_every is None or first % table.skip_every for table in tables)
 
@@ -254,6 +264,86 @@ def load_hugging_face(source: str, where: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         hint = "" if folder.is_dir() else "; without a network it must be in the cache, or be a local folder"
         raise UserError(where, f"the data set {source!r} cannot be loaded: {first_line(error)}{hint}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+IMAGE_FORMATS = ("image_folder", "image_list", "idx", "npz", "hf_images", "shapes")
+"""A folder that holds images itself, a file of labels for those of a folder, and what the others are named after."""
+
+
+def _image_files(source: ImageSource, where: str) -> list[SourceFile]:
+    """Return the folders that hold images themselves, or the one file that holds all."""
+    if source.path == SHAPES:
+        found = [("shapes", SHAPES)]
+    elif source.path.startswith(HUGGING_FACE):
+        found = [("hf_images", source.path)]
+    elif (path := locate(source.path)).is_dir():
+        labels = locate(source.labels).absolute() if source.labels else None
+        if labels and (not labels.is_file() or labels.suffix.lower() not in LABEL_EXTENSIONS):
+            raise UserError(f"{where}.labels", f"{labels} is no {', '.join(LABEL_EXTENSIONS)} file")
+        images = _images_below(path)
+        if not images:
+            raise UserError(where, f"the folder {path} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
+        folders = sorted({str(image.parent.absolute()) for image in images})
+        found = [("image_list", str(labels))] if labels else [("image_folder", folder) for folder in folders]
+    elif path.is_file():
+        form = "npz" if path.suffix.lower() == ".npz" else "idx"
+        if form == "idx" and not idx_labels(source).is_file():
+            hint = "name the file of labels in `labels`"
+            raise UserError(f"{where}.labels", f"there is no {idx_labels(source)}; {hint}")
+        found = [(form, str(path.absolute()))]
+    else:
+        raise UserError(where, f"{source.path!r} is no file or folder here, nor in $BIGBATCH_DATA")
+    has_rows = found[0][0] in ("idx", "npz", "hf_images")
+    if (source.start or source.stop) and not has_rows:
+        raise UserError(f"{where}.start", f"and stop have no effect on {source.path}; remove them")
+    if not _has_rows(source):
+        raise UserError(f"{where}.stop", f"is {source.stop}; right is more than start ({source.start})")
+    if source.labels and found[0][0] not in ("idx", "image_list"):
+        raise UserError(f"{where}.labels", f"has no effect on {source.path}, which has labels itself; remove it")
+    return [identify_images(SourceFile(name, 0, 0, form, source), where) for form, name in found]
+
+
+def image_parts(file: SourceFile) -> list[Path]:
+    """Return the files and folders of which a source of images consists."""
+    path = Path(file.path)
+    if file.format == "shapes":
+        return []
+    if file.format == "hf_images":
+        return hugging_face_files(file.path, file.path)[0]
+    if file.format == "image_folder":
+        return [path, *sorted(item for item in path.iterdir() if _is_image(item))]
+    if file.format == "image_list":
+        return [path, *_images_below(locate(file.table.path))]
+    return [path, idx_labels(file.table)] if file.format == "idx" else [path]
+
+
+def identify_images(file: SourceFile, where: str) -> SourceFile:
+    """Return the source with the size of all its parts and the time of the newest."""
+    if file.format == "hf_images":
+        _, size_bytes, modified_ns = hugging_face_files(file.path, where)[1]
+        return file._replace(size_bytes=size_bytes, modified_ns=modified_ns)
+    facts = [path.stat() for path in image_parts(file)]
+    size_bytes = sum(fact.st_size for fact in facts)
+    return file._replace(size_bytes=size_bytes, modified_ns=max((fact.st_mtime_ns for fact in facts), default=0))
+
+
+def idx_labels(source: ImageSource) -> Path:
+    """Return the file of labels that belongs to one of idx images."""
+    if source.labels:
+        return locate(source.labels).absolute()
+    path = locate(source.path).absolute()
+    return path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1").replace("idx4", "idx1"))
+
+
+def _images_below(folder: Path) -> list[Path]:
+    found = [item for item in folder.rglob("*") if _is_image(item)]
+    return sorted(item for item in found if not any(part[0] == "." for part in item.relative_to(folder).parts))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
 
 
 def first_line(error: BaseException) -> str:

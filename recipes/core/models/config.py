@@ -144,6 +144,48 @@ class EncoderSection(Section):
         return self.feed_forward_size or 4 * self.hidden_size
 
 
+class VisionSection(Section):
+    """A Vision Transformer (https://arxiv.org/abs/2010.11929)."""
+
+    patch_size: PositiveInt = 16
+    """Pixels along a side; every patch is a token."""
+    num_layers: PositiveInt = 12
+    hidden_size: PositiveInt = 768
+    num_heads: PositiveInt = 12
+    feed_forward_size: PositiveInt | None = None
+    """By default 4 times the hidden size."""
+    pooling: Literal["class", "mean"] = "class"
+    """class: a token of its own gathers what the head sees. mean: the mean over the patches; transformers has none."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    norm_epsilon: PositiveFloat = 1e-12
+    initializer_range: PositiveFloat = 0.02
+    initialize_from: str | None = None
+    """A Hugging Face ViT folder to start from; its shape must equal this section's. Its head is taken where it is for
+    the same labels, else a new one starts at zero."""
+    recompute_activations: bool = False
+    """Keep one activation a layer and compute the others again in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+    @property
+    def blocks(self) -> EncoderSection:
+        """The layers, which are the encoder's."""
+        return EncoderSection(
+            norm="pre",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            feed_forward_size=self.feed_forward_size,
+            dropout=self.dropout,
+            norm_epsilon=self.norm_epsilon,
+            initializer_range=self.initializer_range,
+        )
+
+
 def padded_vocabulary(vocabulary_size: int, section: DecoderSection | EncoderSection, tensor_ranks: int = 1) -> int:
     """Return the embedding's number of rows for a tokenizer's vocabulary; raise UserError if they do not divide."""
     rows = -(-vocabulary_size // section.vocabulary_multiple) * section.vocabulary_multiple
