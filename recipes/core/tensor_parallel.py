@@ -140,12 +140,7 @@ class _ScatterOut(torch.autograd.Function):
         return _done(_gather(grad_outputs[0], ctx.axis)), None
 
 
-class _WholeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, axis: Axis) -> torch.Tensor:
-        ctx.axis = axis
-        return _done(_gather(own, axis))
-
+class _WholeRows(_GatherIn):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad_outputs[0].chunk(ctx.axis.size)[ctx.axis.rank], None

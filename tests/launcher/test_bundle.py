@@ -183,7 +183,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
     "bad",
     [
         member("../out.txt"),
-        member("/tmp/out.txt"),
+        member("/out.txt"),
         member("bundle/../../out.txt"),
         member("bundle/link", tarfile.SYMTYPE, "/etc"),
         member("bundle/hard", tarfile.LNKTYPE, "../../etc/passwd"),

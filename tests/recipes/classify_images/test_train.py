@@ -5,7 +5,6 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/classify_images.json anew; say in th
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "classify_images.json"
 STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 16, 3, 5e-3
 STAGES, RANKS = (0, 1, 2, 3), (1, 2)
 AUGMENT = {"flip": True, "least_area": 0.6, "random_operations": 2, "magnitude": 5, "mixup": 0.4}
@@ -74,12 +72,10 @@ def opened(run_dir: Path) -> tuple[ClassifyImagesConfig, recipe.DataSplits, torc
 
 
 @pytest.fixture(scope="module")
-def golden(trained):
+def golden(trained, kept_golden):
     """Return the losses that are kept; write them first when asked to."""
-    if os.environ.get("BIGBATCH_WRITE_GOLDEN") == "1":
-        found = {name: losses(trained, name, 1, 0) for name in ("plain", "augmented")}
-        GOLDEN.write_text(json.dumps(found, indent=2) + "\n")
-    return json.loads(GOLDEN.read_text())
+    names = ("plain", "augmented")
+    return kept_golden("classify_images", lambda: {name: losses(trained, name, 1, 0) for name in names})
 
 
 @pytest.mark.parametrize("stage", STAGES)

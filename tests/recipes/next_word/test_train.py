@@ -6,7 +6,6 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/next_word.json anew; say in the chan
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from bigbatch.recipes.next_word.config import NextWordConfig
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "next_word.json"
 STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 8, 3, 0.02
 MODELS = ("lstm", "gru", "ngram")
 STAGES, RANKS = (0, 1, 2, 3), (1, 2)
@@ -58,12 +56,9 @@ def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def golden(trained):
+def golden(trained, kept_golden):
     """Return the losses that are kept, by model; write them first when asked to."""
-    if os.environ.get("BIGBATCH_WRITE_GOLDEN") == "1":
-        content = {model: losses(trained, model, 1, 0) for model in MODELS}
-        GOLDEN.write_text(json.dumps(content, indent=2) + "\n")
-    return json.loads(GOLDEN.read_text())
+    return kept_golden("next_word", lambda: {model: losses(trained, model, 1, 0) for model in MODELS})
 
 
 def opened(run_dir: Path) -> tuple[NextWordConfig, recipe.DataSplits, nn.Module]:

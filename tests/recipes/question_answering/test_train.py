@@ -23,7 +23,6 @@ from bigbatch.recipes.question_answering.scores import word_f1
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "question_answering.json"
 STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 16, 3, 5e-3
 STAGES, RANKS = (0, 1, 2, 3), (1, 2)
 
@@ -72,11 +71,9 @@ def opened(run_dir: Path) -> tuple[QuestionAnsweringConfig, recipe.DataSplits, t
 
 
 @pytest.fixture(scope="module")
-def golden(trained):
+def golden(trained, kept_golden):
     """Return the losses that are kept; write them first when asked to."""
-    if os.environ.get("BIGBATCH_WRITE_GOLDEN") == "1":
-        GOLDEN.write_text(json.dumps({"encoder": losses(trained, "plain", 1, 0)}, indent=2) + "\n")
-    return json.loads(GOLDEN.read_text())["encoder"]
+    return kept_golden("question_answering", lambda: {"encoder": losses(trained, "plain", 1, 0)})["encoder"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
