@@ -86,6 +86,8 @@ def run_evaluate(run: train.Run, stop: StopFlag, phase: dict[str, Any], split: s
     phase.update(phase="evaluate", step=step)
     model = model.to(mesh.device, train.DTYPES[run.config.precision.dtype])
     figures = train.evaluate(run, model, samples, mesh, facts, thorough=True)
+    if write := recipe.further(run.recipe, "generated_figures"):
+        figures |= write(run.config, facts, model, samples)
     print(json.dumps({"step": step, "split": split, **figures}))
     runtime.leave_mesh(mesh)
     return EXIT_DONE

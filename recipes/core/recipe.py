@@ -149,6 +149,12 @@ class Further(Protocol):
         """Name the numbers of `figures`."""
         ...
 
+    def generated_figures(
+        self, config: Any, facts: dict[str, Any], model: "torch.nn.Module", samples: Samples
+    ) -> dict[str, Any]:
+        """Return figures of what the model writes for a split; for `bigbatch evaluate` alone, on one rank."""
+        ...
+
     def learning_rate_scales(self, config: Any, model: "torch.nn.Module") -> dict[str, float]:
         """Return, for parameters by name, the factor on the learning rate; 1 for those left out."""
         ...
