@@ -375,17 +375,17 @@ VERBS = {
     "quickstart": Verb(quickstart, ()),
     "recipes": Verb(recipes, ("--json",)),
     "show": Verb(show, ("run", "--set", "--json")),
-    "check": Verb(check, ("run", "--ranks", "--profile", "--nodes", "--time", "--set", "--json")),
+    "check": Verb(check, ("run", "--ranks", "--profile", "--nodes", "--time", "--set", "--on-error", "--json")),
     "plan": Verb(plan, ("run", *PLAN_FLAGS, "--set", "--json")),
-    "prepare": Verb(prepare, ("run", "--set")),
+    "prepare": Verb(prepare, ("run", "--set", "--on-error")),
     "bundle": Verb(bundle, ("run", "out", "--wheels", "--set")),
     "unbundle": Verb(unbundle, ("bundle", "folder")),
-    "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--resume")),
+    "train": Verb(train, ("run", "--ranks", "--run-dir", "--set", "--on-error", "--resume")),
     "status": Verb(status, ("run_dirs", "--json")),
     "logs": Verb(logs, ("run_dir", "--rank", "--all", "-f/--follow")),
     "cancel": Verb(cancel, ("run_dir", "--now")),
     "resume": Verb(resume, ("run_dir",)),
-    "submit": Verb(submit, ("run", "--profile", *SUBMIT_FLAGS, "--run-dir", "--set")),
+    "submit": Verb(submit, ("run", "--profile", *SUBMIT_FLAGS, "--run-dir", "--set", "--on-error")),
     "profile": Verb(profile, ("action", "profile_name", "--partition", "--output", "--json")),
     "evaluate": Verb(evaluate, ("run_dir", "--split")),
     "bench": Verb(bench, ("what", "bench_run", "--ranks", "--set", "--rounds", "--steps", "--json")),
@@ -407,6 +407,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; right is a number from 1 on")
     return int(text)
+
+
+def _on_error(text: str) -> str:
+    if text not in ("fail", "skip"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; right is fail or skip")
+    return f"data.on_error={text}"
 
 
 def _rank(text: str) -> int:
@@ -467,6 +473,14 @@ FLAGS: dict[str, dict[str, Any]] = {
         "default": [],
         "metavar": "A.B=VALUE",
         "help": "change a setting of the document; may be repeated",
+    },
+    "--on-error": {
+        "action": "append",
+        "dest": "overrides",
+        "type": _on_error,
+        "metavar": "fail|skip",
+        "default": argparse.SUPPRESS,  # it adds to what --set gives
+        "help": "what to do with a row of data that cannot be taken (default: the document's data.on_error)",
     },
     "--resume": {
         "choices": ("auto", "never", "must"),

@@ -12,6 +12,7 @@ from bigbatch.recipes.core.config import (
     PositiveInt,
     RunConfig,
     Section,
+    SplitDataSection,
     TableSource,
     TokenizerSection,
 )
@@ -20,21 +21,15 @@ from bigbatch.recipes.core.models.config import EncoderSection
 Source = str | TableSource
 
 
-class LabeledDataSection(Section):
+class LabeledDataSection(SplitDataSection):
     """Texts with one label each, or several."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Sources of rows: a file, folder or glob (.csv, .tsv, .jsonl, .parquet, also .gz), `hf:NAME[:CONFIG[:SPLIT]]`,
     `python:docstrings` (columns text and kind), or an object that says how to read one. A relative path is looked for
     here, then under $BIGBATCH_DATA."""
-    validation: tuple[Source, ...] = ()
-    test: tuple[Source, ...] = ()
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Cut from the training rows, of each label the same share, when there are no validation sources."""
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The same for the test split, cut first."""
-    split_seed: NonNegativeInt = 0
-    """Which rows are cut is a function of this and of their texts, not of the run's seed."""
     text_columns: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
     """Columns that hold the text, joined by a space."""
     label_column: str = "label"
@@ -46,11 +41,6 @@ class LabeledDataSection(Section):
     """All labels, in the order of the model's outputs; by default those of the training rows, sorted."""
     clean: CleanSection = CleanSection()
     """`deduplicate` leaves out rows whose text has been seen before, ahead of any split."""
-    on_empty_text: Literal["fail", "skip"] = "fail"
-    on_unseen_label: Literal["fail", "skip"] = "fail"
-    """A label of a validation or test row that no training row has."""
-    on_leak: Literal["report", "drop", "fail"] = "report"
-    """Texts of the validation and test rows that stand in an earlier split too; `drop` leaves them out of the later."""
     tokenizer: TokenizerSection = TokenizerSection(kind="wordpiece")
     """Left out where the model is `initialize_from` another: it brings its own."""
     sequence_length: PositiveInt
@@ -60,8 +50,6 @@ class LabeledDataSection(Section):
     packing: bool = True
     """Several texts share a row of `sequence_length` tokens, none sees another; otherwise rows are padded. Recurrent
     layers have no padding either way."""
-    prepared_dir: str = "prepared"
-    """Prepared data go into a folder of this one, named by their content id."""
 
     @property
     def columns(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,8 @@ from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
     Examples,
-    Request,
-    latest_examples,
-    prepare_examples,
     read_examples,
+    record_batches,
     write_split,
 )
 from bigbatch.recipes.core.data.labels import SHOWN_LABELS, is_known, label_names
@@ -39,16 +38,17 @@ from bigbatch.recipes.core.data.splits import (
     check_splits,
     count_leaks,
     cut_splits,
-    list_split_files,
-    shown_counts,
+    leave_out,
+    prepare_splits,
+    prepared_splits,
     split_tokenizer,
-    tokenizer_hashes,
+    tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, load_tokenizer, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
 
 # How texts become rows of tokens is decided when a split is opened, so these change nothing in the prepared folder.
-NOT_CONTENT = {"prepared_dir", "sequence_length", "packing", "on_long_text"}
+NOT_CONTENT = {"sequence_length", "packing", "on_long_text"}
 ROWS_AT_ONCE = 1024
 DROPOUT = 0  # stream of random numbers
 
@@ -66,17 +66,15 @@ def prepare(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> P
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    settings, hashes = _settings(data, tokenizer_folder), tokenizer_hashes(data, tokenizer_folder)
-    request = Request(settings, list_split_files(data), hashes)
-    root, section = Path(data.prepared_dir), split_tokenizer(data, tokenizer_folder)
-    folder = prepare_examples(root, request, lambda stage: _build(stage, data, section, request.files))
+    section = split_tokenizer(data, tokenizer_folder)
+    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
     _tell(folder, data)
     return folder
 
 
 def prepared(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> Path:
     """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return latest_examples(Path(data.prepared_dir), _settings(data, tokenizer_folder))
+    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 def open_split(
@@ -179,27 +177,24 @@ def collate(
     return lay_out(windows, length if packing else None) | {"examples": examples}
 
 
-def _settings(data: LabeledDataSection, tokenizer_folder: Path | None) -> dict[str, Any]:
-    settings = data.model_dump(mode="json", exclude=NOT_CONTENT)
-    return settings | {"tokenizer": split_tokenizer(data, tokenizer_folder).model_dump(mode="json")}
-
-
 def _build(
-    folder: Path, data: LabeledDataSection, section: TokenizerSection, files: dict[str, list[SourceFile]]
+    folder: Path, files: dict[str, list[SourceFile]], data: LabeledDataSection, section: TokenizerSection
 ) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
     rows = cut_splits(data, rows, data.multi_label)
     labels = label_names(rows[TRAIN], data.labels, counts, data.multi_label)
     for split in (VALIDATION, TEST):
-        rows[split] = [row for row in rows[split] if is_known(row, labels, data.on_unseen_label, counts)]
+        rows[split] = [row for row in rows[split] if is_known(row, labels, data.on_error, counts)]
     leaks = count_leaks(data, rows)
     check_splits(data, rows, counts)
     tokenizer = make_tokenizer(section, (row.text for row in rows[TRAIN]), folder, knows_all=False)
     numbers = {label: number for number, label in enumerate(labels)}
     schema = _schema(data.multi_label)
     written = {
-        split: write_split(folder, split, schema, _batches(found, tokenizer, numbers, schema))
+        split: write_split(
+            folder, split, schema, record_batches(schema, _records(found, tokenizer, numbers, data.multi_label))
+        )
         for split, found in rows.items()
         if found
     }
@@ -218,10 +213,7 @@ def _read(data: LabeledDataSection, files: list[SourceFile], counts: Counter[str
         parts = [as_text(row.values[name], row.origin, name) for name in data.text_columns]
         text = clean(" ".join(filter(None, parts)), cleaning) or ""
         if not text.strip():
-            if data.on_empty_text == "fail":
-                hint = "fill it, or leave such rows out by data.on_empty_text 'skip'"
-                raise UserError(row.origin, f"has an empty text; {hint}")
-            counts["empty"] += 1
+            leave_out(data, counts, "empty", row.origin, "has an empty text")
         elif len(text.strip()) < data.clean.min_characters:
             counts["too_short"] += 1
         else:
@@ -263,26 +255,15 @@ def _schema(multi_label: bool) -> pyarrow.Schema:
     return pyarrow.schema(list(columns.items()))
 
 
-def _batches(
-    rows: list[LabeledRow], tokenizer: TextTokenizer, numbers: dict[str, int], schema: pyarrow.Schema
-) -> Iterator[pyarrow.RecordBatch]:
-    is_list = pyarrow.types.is_list(schema.field("label").type)
+def _records(
+    rows: list[LabeledRow], tokenizer: TextTokenizer, numbers: dict[str, int], multi_label: bool
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of the schema."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE]
-        tokens = encode_documents(tokenizer, [row.text for row in part])
-        ends = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
-        labels = [sorted(numbers[label] for label in row.labels) for row in part]
-        columns = [
-            [row.text for row in part],
-            pyarrow.ListArray.from_arrays(ends, np.concatenate(tokens)),
-            labels if is_list else [label for (label,) in labels],
-            [row.origin for row in part],
-        ]
-        arrays = [
-            column if isinstance(column, pyarrow.Array) else pyarrow.array(column, field.type)
-            for column, field in zip(columns, schema, strict=True)
-        ]
-        yield pyarrow.record_batch(arrays, schema=schema)
+        for row, tokens in zip(part, encode_documents(tokenizer, [row.text for row in part]), strict=True):
+            labels = sorted(numbers[label] for label in row.labels)
+            yield row.text, tokens, labels if multi_label else labels[0], row.origin
 
 
 def _check_sequence_length(data: LabeledDataSection, tokenizer: TextTokenizer) -> int:
@@ -317,9 +298,5 @@ def _tell(folder: Path, data: LabeledDataSection) -> None:
             treated = "read in windows" if data.on_long_text == "window" else "cut there"
             line += f"; {share:.1%} are longer than {data.sequence_length} tokens, {treated}"
         lines.append(line)
-    if left_out := {name: count for name, count in facts["counts"].items() if count and name != "read"}:
-        lines.append(f"left out: {shown_counts(left_out)}")
-    if leaks := {split: count for split, count in facts["leaks"].items() if count}:
-        treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
-        lines.append(f"texts that stand in an earlier split too: {shown_counts(leaks)}; {treated}")
+    lines += tell_left_out(facts, data, "texts that stand")
     print("\n".join(lines), file=sys.stderr, flush=True)

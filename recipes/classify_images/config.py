@@ -12,6 +12,7 @@ from bigbatch.recipes.core.config import (
     PositiveInt,
     RunConfig,
     Section,
+    SplitSection,
 )
 from bigbatch.recipes.core.models.config import VisionSection
 
@@ -34,7 +35,7 @@ Operation = Literal[
 OPERATIONS: tuple[Operation, ...] = Operation.__args__
 
 
-class ImageDataSection(Section):
+class ImageDataSection(SplitSection):
     """Images with one label each, and the form that all get."""
 
     train: Annotated[tuple[ImageSource, ...], Field(min_length=1)]
@@ -42,8 +43,6 @@ class ImageDataSection(Section):
     test: tuple[ImageSource, ...] = ()
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Cut from the training images, of each label the same share, when there are no validation sources."""
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The same for the test split, cut first."""
     split_seed: NonNegativeInt = 0
     """Which images are cut is a function of this and of their pixels, not of the run's seed."""
     image_key: str = "image"
@@ -58,24 +57,16 @@ class ImageDataSection(Section):
     """What every image becomes."""
     resize: Literal["crop", "stretch"] = "crop"
     """An image that is no square: its middle counts, or all of it, out of proportion."""
-    on_unreadable: Literal["refuse", "skip"] = "refuse"
-    """A file that is no image, is cut off, or is not there although a file of labels names it."""
-    on_unseen_label: Literal["fail", "skip"] = "fail"
-    """A label of a validation or test image that no training image has."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """A file that is no image, is cut off, or is not there although a file of labels names it; a label of a validation
+    or test image that no training image has. Told, or left out and counted. `--on-error` sets it."""
     on_leak: Literal["report", "drop", "fail"] = "report"
     """Images of validation and test that are in an earlier split too, pixel by pixel; `drop` leaves them out there."""
-    prepared_dir: str = "prepared"
-    """Prepared data go into a folder of this one, named by their content id."""
 
     @property
     def num_channels(self) -> int:
         """Numbers a pixel."""
         return 1 if self.channels == "grey" else 3
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Columns that can be looked for ahead of reading: none."""
-        return {}
 
 
 class AugmentSection(Section):

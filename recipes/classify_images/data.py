@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,6 @@ from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
     Examples,
-    Request,
-    latest_examples,
-    prepare_examples,
     read_examples,
     write_split,
 )
@@ -40,13 +38,15 @@ from bigbatch.recipes.core.data.splits import (
     check_splits,
     count_leaks,
     cut_splits,
-    list_split_files,
+    prepare_splits,
+    prepared_splits,
     shown_counts,
+    tell_left_out,
 )
 from bigbatch.recipes.core.errors import UserError
 
 IMAGES = "images"  # the table of all pixels
-NOT_CONTENT = {"prepared_dir"}
+NOT_CONTENT: set[str] = set()
 IMAGES_AT_ONCE = 256
 MIXUP, AUGMENT, PARTNER = range(3)  # streams of random numbers; the third is the augmentation of the image mixed in
 
@@ -67,15 +67,14 @@ class ImageRow(NamedTuple):
 
 def prepare(data: ImageDataSection) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it."""
-    request = Request(_settings(data), list_split_files(data))
-    folder = prepare_examples(Path(data.prepared_dir), request, lambda stage: _build(stage, data, request.files))
+    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data))
     _tell(folder, data)
     return folder
 
 
 def prepared(data: ImageDataSection) -> Path:
     """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return latest_examples(Path(data.prepared_dir), _settings(data))
+    return prepared_splits(data, NOT_CONTENT)
 
 
 def open_split(
@@ -144,18 +143,14 @@ def normalized(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((pixels.astype(np.float32) / 127.5 - 1.0).transpose(0, 3, 1, 2))
 
 
-def _settings(data: ImageDataSection) -> dict[str, object]:
-    return data.model_dump(mode="json", exclude=NOT_CONTENT)
-
-
-def _build(folder: Path, data: ImageDataSection, files: dict[str, list[SourceFile]]) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: ImageDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows: dict[str, list[ImageRow]] = {split: [] for split in SPLITS}
     written = {IMAGES: write_split(folder, IMAGES, _PIXELS, _read(data, files, rows, counts))}
     rows = cut_splits(data, rows)
     labels = label_names(rows[TRAIN], data.labels, counts)
     for split in (VALIDATION, TEST):
-        rows[split] = [row for row in rows[split] if is_known(row, labels, data.on_unseen_label, counts)]
+        rows[split] = [row for row in rows[split] if is_known(row, labels, data.on_error, counts)]
     leaks = count_leaks(data, rows)
     check_splits(data, rows, counts)
     numbers = {label: number for number, label in enumerate(labels)}
@@ -203,9 +198,5 @@ def _tell(folder: Path, data: ImageDataSection) -> None:
         most = ", ".join(f"{label} {count:,}" for count, label in counts[:SHOWN_LABELS])
         more = f" and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
         lines.append(f"{split}: {sum(tally):,} images: {most}{more}")
-    if left_out := {name: count for name, count in facts["counts"].items() if count and name != "read"}:
-        lines.append(f"left out: {shown_counts(left_out)}")
-    if leaks := {split: count for split, count in facts["leaks"].items() if count}:
-        treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
-        lines.append(f"images that are in an earlier split too: {shown_counts(leaks)}; {treated}")
+    lines += tell_left_out(facts, data, "images that are")
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -49,8 +49,8 @@ def read_images(file: SourceFile, data: ImageDataSection, counts: Counter[str]) 
         try:
             pixels = open_image(image, data, origin)
         except UserError as error:
-            if data.on_unreadable == "refuse":
-                raise UserError(error.where, f"{error.message}; data.on_unreadable 'skip' leaves such out") from None
+            if data.on_error == "fail":
+                raise UserError(error.where, f"{error.message}; data.on_error 'skip' leaves such out") from None
             counts["unreadable"] += 1
             continue
         if not label:

@@ -82,6 +82,39 @@ class TableSource(Section):
     """Of each file, all rows but these."""
 
 
+class SplitSection(Section):
+    """How examples come into three splits, and what is done with those that are not as they should be."""
+
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Cut from the training rows when there are no validation sources."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The same for the test split, cut first."""
+    split_seed: NonNegativeInt = 0
+    """Which rows are cut is a function of this and of their content, not of the run's seed."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """A row that cannot be taken as it is: told with its file and line, or left out and counted. `--on-error` sets it.
+    What is no row at all, such as a line that is no JSON, is always told."""
+    on_leak: Literal["report", "drop", "fail"] = "report"
+    """Rows of validation and test that stand in an earlier split too; `drop` leaves them out of the later."""
+    prepared_dir: str = "prepared"
+    """Prepared data go into a folder of this one, named by their content id."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns that are read, each with the setting that asks for it; empty where that can't be told ahead."""
+        return {}
+
+
+class SplitDataSection(SplitSection):
+    """Rows in three splits; a recipe's own section says what stands in them."""
+
+    train: Annotated[tuple[str | TableSource, ...], Field(min_length=1)]
+    """Sources of rows: a file, folder or glob, `hf:NAME[:CONFIG[:SPLIT]]`, or an object that says how to read one. A
+    relative path is looked for here, then under $BIGBATCH_DATA."""
+    validation: tuple[str | TableSource, ...] = ()
+    test: tuple[str | TableSource, ...] = ()
+
+
 class ImageSource(Section):
     """Images, each with a label."""
 

@@ -10,6 +10,7 @@ from bigbatch.recipes.core.config import (
     PositiveInt,
     RunConfig,
     Section,
+    SplitDataSection,
     TableSource,
     TokenizerSection,
 )
@@ -19,21 +20,15 @@ Source = str | TableSource
 SPECIAL_TOKENS = 3  # [CLS] question [SEP] context [SEP]
 
 
-class QuestionDataSection(Section):
+class QuestionDataSection(SplitDataSection):
     """Questions, the contexts that hold their answers, and where the answers stand there."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Sources of questions: SQuAD documents (.json, also .gz), tables (.jsonl, .parquet, folders, globs,
     `hf:NAME[:CONFIG[:SPLIT]]`), `python:questions`, or an object that says how to read one. A relative path is looked
     for here, then under $BIGBATCH_DATA."""
-    validation: tuple[Source, ...] = ()
-    test: tuple[Source, ...] = ()
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Cut from the training questions when there are no validation sources; those on a context stay together."""
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The same for the test split, cut first."""
-    split_seed: NonNegativeInt = 0
-    """Which contexts are cut is a function of this and of their texts, not of the run's seed."""
     question_column: str = "question"
     context_column: str = "context"
     answers_column: str = "answers"
@@ -41,10 +36,9 @@ class QuestionDataSection(Section):
     object of lists, as Hugging Face's SQuAD has it. Empty where the context does not hold the answer."""
     group_column: str | None = None
     """The kind of a question (`slot`, `title`): the span F1 is also told for each, and averaged over them."""
-    on_empty_text: Literal["fail", "skip"] = "fail"
-    """A question or a context without a token."""
-    on_bad_answer: Literal["fail", "skip"] = "fail"
-    """An answer that does not stand where the row says, or that has no token."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """A question or a context without a token; an answer that does not stand where the row says, or that has none.
+    Told with its file and line, or left out and counted. `--on-error` sets it."""
     on_leak: Literal["report", "drop", "fail"] = "report"
     """Contexts of validation and test rows that stand in an earlier split too; `drop` leaves them out of the later."""
     tokenizer: TokenizerSection = TokenizerSection(kind="wordpiece")
@@ -60,8 +54,6 @@ class QuestionDataSection(Section):
     each teaches little (https://arxiv.org/abs/1901.08634)."""
     packing: bool = True
     """Several windows share a row of `sequence_length` tokens, none sees another; otherwise rows are padded."""
-    prepared_dir: str = "prepared"
-    """Prepared data go into a folder of this one, named by their content id."""
 
     @model_validator(mode="after")
     def _question_leaves_room(self) -> Self:

@@ -7,7 +7,8 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,8 @@ from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
     Examples,
-    Request,
-    latest_examples,
-    prepare_examples,
     read_examples,
+    record_batches,
     write_split,
 )
 from bigbatch.recipes.core.data.packing import lay_out
@@ -35,10 +34,12 @@ from bigbatch.recipes.core.data.splits import (
     check_splits,
     count_leaks,
     cut_splits,
-    list_split_files,
+    leave_out,
+    prepare_splits,
+    prepared_splits,
     shown_counts,
     split_tokenizer,
-    tokenizer_hashes,
+    tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import (
     Placed,
@@ -52,7 +53,7 @@ from bigbatch.recipes.question_answering.config import SPECIAL_TOKENS, QuestionD
 
 CONTEXTS = "_contexts"  # behind a split's name: the table of its contexts, each once
 # What becomes of questions and contexts is decided when a split is opened, so these change nothing in the folder.
-NOT_CONTENT = {"prepared_dir", "sequence_length", "question_tokens", "stride_tokens", "null_windows_kept", "packing"}
+NOT_CONTENT = {"sequence_length", "question_tokens", "stride_tokens", "null_windows_kept", "packing"}
 ROWS_AT_ONCE = 1024
 MAX_GROUPS = 20  # of more kinds of questions none has figures of its own
 DROPOUT, KEEPING = 0, 2  # streams of random numbers; the contexts' dropout has the one behind the questions'
@@ -106,17 +107,15 @@ def prepare(data: QuestionDataSection, tokenizer_folder: Path | None = None) -> 
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    settings, hashes = _settings(data, tokenizer_folder), tokenizer_hashes(data, tokenizer_folder)
-    request = Request(settings, list_split_files(data), hashes)
-    root, section = Path(data.prepared_dir), split_tokenizer(data, tokenizer_folder)
-    folder = prepare_examples(root, request, lambda stage: _build(stage, data, section, request.files))
+    section = split_tokenizer(data, tokenizer_folder)
+    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
     _tell(folder, data)
     return folder
 
 
 def prepared(data: QuestionDataSection, tokenizer_folder: Path | None = None) -> Path:
     """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return latest_examples(Path(data.prepared_dir), _settings(data, tokenizer_folder))
+    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 class QuestionSamples:
@@ -276,7 +275,7 @@ def _settings(data: QuestionDataSection, tokenizer_folder: Path | None) -> dict[
 
 
 def _build(
-    folder: Path, data: QuestionDataSection, section: TokenizerSection, files: dict[str, list[SourceFile]]
+    folder: Path, files: dict[str, list[SourceFile]], data: QuestionDataSection, section: TokenizerSection
 ) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
@@ -297,11 +296,12 @@ def _build(
         if items:
             tables = (split, QUESTION_SCHEMA, map(_record, items)), (split + CONTEXTS, CONTEXT_SCHEMA, contexts)
             for name, schema, records in tables:
-                written[name] = write_split(folder, name, schema, _batches(schema, records))
+                written[name] = write_split(folder, name, schema, record_batches(schema, records))
     groups = sorted({row.group for row in left[TRAIN]} - {""})
     facts = {
         "has_null": any(not row.spans for row in left[TRAIN]),
         "groups": groups if len(groups) <= MAX_GROUPS else [],
+        "inside": counts.pop("inside", 0),
         "counts": dict(+counts),
         "leaks": leaks,
         "answered": {split: sum(bool(row.spans) for row in found) for split, found in left.items()},
@@ -319,10 +319,7 @@ def _read(data: QuestionDataSection, files: list[SourceFile], counts: Counter[st
         try:
             spans = spans_of(row.values[data.answers_column], context)
         except ValueError as error:
-            if data.on_bad_answer == "fail":
-                hint = "data.on_bad_answer 'skip' leaves such rows out"
-                raise UserError(row.origin, f"{error}; {hint}") from None
-            counts["bad_answer"] += 1
+            leave_out(data, counts, "bad_answer", row.origin, str(error))
             continue
         yield QuestionRow(context, question, spans, str(group), row.origin)
 
@@ -349,20 +346,16 @@ def _encode(
     for row, question in zip(rows, questions, strict=True):
         context = contexts[numbers[row.text]]
         if not len(question.tokens) or not len(context.tokens):
-            if data.on_empty_text == "fail":
-                which = "context" if len(question.tokens) else "question"
-                raise UserError(row.origin, f"has an empty {which}; data.on_empty_text 'skip' leaves such rows out")
-            counts["empty"] += 1
+            which = "context" if len(question.tokens) else "question"
+            leave_out(data, counts, "empty", row.origin, f"has an empty {which}")
             continue
         first, last = -1, -1
         if row.spans:
             spans = [token_span(context, *span) for span in row.spans]
             if (-1, -1) in spans:
-                if data.on_bad_answer == "fail":
-                    start, end = row.spans[spans.index((-1, -1))]
-                    found = f"has the answer {shown(row.text[start:end])}, of which the tokenizer sees nothing"
-                    raise UserError(row.origin, f"{found}; data.on_bad_answer 'skip' leaves such rows out")
-                counts["bad_answer"] += 1
+                start, end = row.spans[spans.index((-1, -1))]
+                found = f"has the answer {shown(row.text[start:end])}, of which the tokenizer sees nothing"
+                leave_out(data, counts, "bad_answer", row.origin, found)
                 continue
             first, last = spans[0]
             start, end = row.spans[0]
@@ -383,14 +376,6 @@ def _record(item: EncodedRow) -> tuple[Any, ...]:
     return row.question, item.tokens, item.context, starts, ends, item.first, item.last, row.group, row.origin
 
 
-def _batches(schema: pyarrow.Schema, records: Iterable[tuple[Any, ...]]) -> Iterator[pyarrow.RecordBatch]:
-    found = list(records)
-    for begin in range(0, len(found), ROWS_AT_ONCE):
-        columns = zip(*found[begin : begin + ROWS_AT_ONCE], strict=True)
-        arrays = [pyarrow.array(list(column), field.type) for column, field in zip(columns, schema, strict=True)]
-        yield pyarrow.record_batch(arrays, schema=schema)
-
-
 def _tell(folder: Path, data: QuestionDataSection) -> None:
     """Say what a prepared folder holds and what it does not."""
     manifest = read_examples(folder)
@@ -403,12 +388,7 @@ def _tell(folder: Path, data: QuestionDataSection) -> None:
         if long := int((samples.questions.lengths("tokens") > data.question_tokens).sum()):
             line += f"; {long:,} questions are cut at {data.question_tokens} tokens"
         lines.append(line)
-    counts = facts["counts"]
-    if left_out := {name: counts[name] for name in ("empty", "bad_answer") if name in counts}:
-        lines.append(f"left out: {shown_counts(left_out)}")
-    if inside := counts.get("inside"):
+    if inside := facts["inside"]:
         lines.append(f"{inside:,} answers begin or end inside a token, and are taken to reach to its ends")
-    if leaks := {split: count for split, count in facts["leaks"].items() if count}:
-        treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
-        lines.append(f"questions on contexts that stand in an earlier split too: {shown_counts(leaks)}; {treated}")
+    lines += tell_left_out(facts, data, "questions on contexts that stand")
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -268,3 +268,19 @@ def test_the_quick_start_never_takes_a_folder_that_is_there(tmp_path, monkeypatc
     for expected in ("runs/quickstart", "runs/quickstart-2", "runs/quickstart-3"):
         assert quickstart._fresh_folder() == expected
         Path(expected).mkdir(parents=True)
+
+
+def test_a_row_that_cannot_be_taken_is_told_or_left_out_as_on_error_says(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    lines = [f'{{"text": "a good text {number}", "label": "{number % 2}"}}' for number in range(20)]
+    Path("rows.jsonl").write_text("\n".join([*lines, '{"text": "", "label": "1"}']))
+    data = {"train": ["rows.jsonl"], "tokenizer": {"kind": "character"}, "sequence_length": 32}
+    Path("run.json").write_text(json.dumps({"version": 1, "recipe": "classify", "extends": "classify/quick"}))
+    changes = [f"--set=data.{name}={json.dumps(value)}" for name, value in data.items()]
+    changes += ['--set=data.text_columns=["text"]', "--set=data.label_column=label"]
+    (line,) = error_lines(capfd, "prepare", "run.json", *changes)
+    assert line.endswith("rows.jsonl:21: has an empty text; data.on_error 'skip' leaves such rows out")
+    assert cli.main(["prepare", "run.json", *changes, "--on-error", "skip"]) == 0
+    assert "left out: 1 empty\n" in capfd.readouterr().err
+    (line,) = error_lines(capfd, "prepare", "run.json", "--on-error", "maybe")
+    assert line.endswith("found 'maybe'; right is fail or skip")

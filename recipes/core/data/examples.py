@@ -6,7 +6,8 @@ place and renamed, so that it is whole or not there.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +34,7 @@ from bigbatch.recipes.core.errors import UserError
 
 EXAMPLES_VERSION = 1
 SUFFIX = ".arrow"
+ROWS_AT_ONCE = 1024
 ORIGIN = "origin"  # the column that tells where a row comes from
 
 
@@ -187,6 +189,15 @@ def write_split(
             num_rows += batch.num_rows
     sync(path)
     return ExampleSplit(num_rows=num_rows, content_hash=hasher.hexdigest())
+
+
+def record_batches(schema: pyarrow.Schema, records: Iterable[Sequence[Any]]) -> Iterator[pyarrow.RecordBatch]:
+    """Yield records, whose values stand in the schema's order, as Arrow has them."""
+    waiting = iter(records)
+    while found := list(islice(waiting, ROWS_AT_ONCE)):
+        columns = zip(*found, strict=True)
+        arrays = [pyarrow.array(list(column), field.type) for column, field in zip(columns, schema, strict=True)]
+        yield pyarrow.record_batch(arrays, schema=schema)
 
 
 def read_examples(folder: Path) -> ExamplesManifest:

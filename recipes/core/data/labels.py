@@ -35,12 +35,12 @@ def label_names(
     return labels
 
 
-def is_known(row: Row, labels: list[str], on_unseen_label: Literal["fail", "skip"], counts: Counter[str]) -> bool:
+def is_known(row: Row, labels: list[str], on_error: Literal["fail", "skip"], counts: Counter[str]) -> bool:
     """Tell whether training rows have all labels of another row, and count or refuse it where not."""
     unseen = set(row.labels) - set(labels)
-    if unseen and on_unseen_label == "fail":
+    if unseen and on_error == "fail":
         found = f"has the label {min(unseen)!r}, which no training row has"
-        hint = "data.on_unseen_label 'skip' leaves such rows out"
+        hint = "data.on_error 'skip' leaves such rows out"
         raise UserError(row.origin, f"{found}; there are: {_some(labels)}; {hint}")
     counts["unseen_label"] += bool(unseen)
     return not unseen

@@ -1,7 +1,7 @@
 """Rows in three splits: what falls to which, which texts stand in two, and the files and tokenizer they come from."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import xxhash
 
 from bigbatch.recipes.core.config import TokenizerSection
+from bigbatch.recipes.core.data.examples import Built, Request, latest_examples, prepare_examples
 from bigbatch.recipes.core.data.sources import SourceFile, list_files, shared_file
 from bigbatch.recipes.core.data.tokenizing import fingerprint, given_tokenizer_file
 from bigbatch.recipes.core.errors import UserError
@@ -17,7 +18,7 @@ TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 RARE = ("",)  # stands for all sets of labels of which a share is less than a row
 
 SplitSources = Any
-"""A section with train, validation, test, validation_fraction, test_fraction, on_leak and tokenizer."""
+"""A SplitSection with train, validation and test; and, where it is of texts, a tokenizer."""
 
 
 class Row(Protocol):
@@ -107,6 +108,13 @@ def count_leaks(data: SplitSources, rows: dict[str, list[Any]]) -> dict[str, int
     return counts
 
 
+def leave_out(data: SplitSources, counts: Counter[str], kind: str, origin: str, found: str) -> None:
+    """Count a row that cannot be taken as it is, or raise UserError with what was found: as `data.on_error` says."""
+    if data.on_error == "fail":
+        raise UserError(origin, f"{found}; data.on_error 'skip' leaves such rows out")
+    counts[kind] += 1
+
+
 def _folded(text: str) -> str:
     """Return what equal texts share, however they are spaced and capitalized."""
     return " ".join(text.casefold().split())
@@ -119,6 +127,48 @@ def check_splits(data: SplitSources, rows: dict[str, list[Any]], counts: dict[st
             raise UserError(f"data.{split}_fraction", f"is {share}: too little for a row of {len(rows[TRAIN])}")
         if getattr(data, split) and not rows[split]:
             raise UserError(f"data.{split}", f"no row is left ({shown_counts(counts)})")
+
+
+def prepare_splits(
+    data: SplitSources,
+    not_content: set[str],
+    build: Callable[[Path, dict[str, list[SourceFile]]], Built],
+    tokenizer_folder: Path | None = None,
+) -> Path:
+    """Make the prepared folder of these settings and sources by `build(folder, files by split)`, or find it.
+
+    `not_content` names the settings that change nothing in the folder. Where the section has a tokenizer, it is that of
+    a folder, or is made as the settings say.
+    """
+    hashes = tokenizer_hashes(data, tokenizer_folder) if hasattr(data, "tokenizer") else ()
+    request = Request(_content(data, not_content, tokenizer_folder), list_split_files(data), hashes)
+    return prepare_examples(Path(data.prepared_dir), request, lambda folder: build(folder, request.files))
+
+
+def prepared_splits(data: SplitSources, not_content: set[str], tokenizer_folder: Path | None = None) -> Path:
+    """Return the folder that `prepare_splits` made last for these settings; the sources may be gone by now."""
+    return latest_examples(Path(data.prepared_dir), _content(data, not_content, tokenizer_folder))
+
+
+def _content(data: SplitSources, not_content: set[str], tokenizer_folder: Path | None) -> dict[str, Any]:
+    settings = data.model_dump(mode="json", exclude={"prepared_dir", *not_content})
+    if hasattr(data, "tokenizer"):
+        settings["tokenizer"] = split_tokenizer(data, tokenizer_folder).model_dump(mode="json")
+    return settings
+
+
+def tell_left_out(facts: dict[str, Any], data: SplitSources, leaked: str) -> list[str]:
+    """Return the lines that say what a prepared folder does not hold, of the facts `counts` and `leaks`.
+
+    Of the counts, `read` is what there was. `leaked` says what stands in two splits, as "texts that stand".
+    """
+    lines = []
+    if left_out := {name: count for name, count in facts["counts"].items() if count and name != "read"}:
+        lines.append(f"left out: {shown_counts(left_out)}")
+    if leaks := {split: count for split, count in facts["leaks"].items() if count}:
+        treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
+        lines.append(f"{leaked} in an earlier split too: {shown_counts(leaks)}; {treated}")
+    return lines
 
 
 def split_tokenizer(data: SplitSources, folder: Path | None) -> TokenizerSection:

@@ -189,9 +189,9 @@ def test_repeated_texts_are_left_out_before_the_split_and_those_of_two_labels_co
 def test_empty_texts_are_an_error_or_left_out_and_short_ones_left_out(section):
     rows = [*ROWS, row(" \u0007 \n"), row("ab"), {"text": None, "label": "x"}]
     message = refusal(section(rows))
-    assert message.endswith("'skip'")
+    assert message.endswith("data.on_error 'skip' leaves such rows out")
     assert "train.jsonl:81: has an empty text" in message
-    data = section(rows, on_empty_text="skip", clean={"min_characters": 3})
+    data = section(rows, on_error="skip", clean={"min_characters": 3})
     assert read_examples(prepare(data)).facts["counts"] == {"read": 83, "empty": 2, "too_short": 1}
 
 
@@ -262,7 +262,7 @@ RIGHT = "a text, a whole number, true or false would be right"
         (
             {"validation": [row("a", "x"), row("b", "w")]},
             "{folder}/validation.jsonl:2: has the label 'w', which no training row has; there are: 'x', 'y', 'z'; "
-            "data.on_unseen_label 'skip' leaves such rows out",
+            "data.on_error 'skip' leaves such rows out",
         ),
         ({"labels": ["x", "y"]}, "{folder}/train.jsonl:4: has the label 'z', which is not in data.labels"),
         (
@@ -283,7 +283,7 @@ RIGHT = "a text, a whole number, true or false would be right"
             "data.validation_fraction: is 0.001: too little for a row of 80",
         ),
         (
-            {"validation": [row("a", "w")], "on_unseen_label": "skip"},
+            {"validation": [row("a", "w")], "on_error": "skip"},
             "data.validation: no row is left (81 read, 1 unseen label)",
         ),
         (
@@ -310,7 +310,7 @@ def test_rows_of_unseen_labels_and_leaked_texts_are_left_out_on_demand(section, 
     changes = {
         "validation": [row(ROWS[0]["text"].upper(), "x"), row("new", "y"), row("newer", "w")],
         "test": [row("NEW", "y"), row("newest", "y")],
-        "on_unseen_label": "skip",
+        "on_error": "skip",
     }
     kept = section(**changes)
     facts = read_examples(prepare(kept)).facts

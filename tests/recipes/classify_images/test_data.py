@@ -80,8 +80,8 @@ def test_a_file_of_labels_names_images_and_a_missing_one_is_told_with_its_line(t
     with pytest.raises(UserError) as caught:
         imaging.prepare(section(tmp_path, train=train))
     assert caught.value.where == f"{table}:4"
-    assert caught.value.message.startswith(f"there is no file {tmp_path / 'pictures/b/gone.png'}; data.on_unreadable")
-    assert [label for label, _ in content(section(tmp_path, train=train, on_unreadable="skip"))] == ["x", "y"]
+    assert caught.value.message.startswith(f"there is no file {tmp_path / 'pictures/b/gone.png'}; data.on_error")
+    assert [label for label, _ in content(section(tmp_path, train=train, on_error="skip"))] == ["x", "y"]
     assert "left out: 1 unreadable" in capsys.readouterr().err
 
 
@@ -91,9 +91,9 @@ def test_an_unreadable_image_is_refused_by_name_or_counted(tmp_path, pictures, c
     (tmp_path / "pictures/a/cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "pictures/b/text.jpg").write_text("no image")
     (tmp_path / "pictures/b/empty.png").touch()
-    with pytest.raises(UserError, match=r"a/cut.png: cannot be read as an image \(.*\); data.on_unreadable 'skip'"):
+    with pytest.raises(UserError, match=r"a/cut.png: cannot be read as an image \(.*\); data.on_error 'skip'"):
         imaging.prepare(section(tmp_path))
-    assert len(content(section(tmp_path, on_unreadable="skip"))) == 9
+    assert len(content(section(tmp_path, on_error="skip"))) == 9
     assert "left out: 3 unreadable" in capsys.readouterr().err
 
 

@@ -165,9 +165,9 @@ def test_an_answer_that_does_not_stand_where_it_says_is_told_with_its_line_or_le
         prepare(section_of(tmp_path, rows))
     assert str(raised.value).startswith(f"{tmp_path}/rows.jsonl:4: ")
     assert message in str(raised.value)
-    assert str(raised.value).endswith("data.on_bad_answer 'skip' leaves such rows out")
+    assert str(raised.value).endswith("data.on_error 'skip' leaves such rows out")
     assert "\n" not in str(raised.value)
-    section = section_of(tmp_path, rows, on_bad_answer="skip")
+    section = section_of(tmp_path, rows, on_error="skip")
     assert open_split(prepare(section), "train", section).questions.num_rows == 3
     assert "left out: 1 bad answer" in capsys.readouterr().err
 
@@ -175,8 +175,8 @@ def test_an_answer_that_does_not_stand_where_it_says_is_told_with_its_line_or_le
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**ROWS[0], "question": " "}, "has an empty question; data.on_empty_text 'skip' leaves such rows out"),
-        ({**ROWS[2], "context": "\u200b"}, "has an empty context; data.on_empty_text"),
+        ({**ROWS[0], "question": " "}, "has an empty question; data.on_error 'skip' leaves such rows out"),
+        ({**ROWS[2], "context": "\u200b"}, "has an empty context; data.on_error"),
         ({**ROWS[0], "answers": "Bern"}, "has 'Bern' for answers; right is a list of objects"),
         ({**ROWS[0], "question": 3}, "'question' is 3, not a text"),
         ({"question": "Who?", "context": CONTEXT}, "has no column 'answers' (data.answers_column); there are: "),
