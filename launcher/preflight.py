@@ -32,7 +32,7 @@ from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
 from bigbatch.recipes.core.models.config import VisionSection
 
-DOCUMENTS = ("parquet", "squad", "slots", *IMAGE_FORMATS)  # whose rows are not lines
+DOCUMENTS = ("parquet", "squad", "slots", "sgd", *IMAGE_FORMATS)  # whose rows are not lines
 SPLITS = ("train", "validation", "test")
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly
 COUNTED_BYTES = 2**26  # rows of more are not counted: that would be seconds

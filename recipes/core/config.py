@@ -66,9 +66,10 @@ class TableSource(Section):
 
     path: str
     """A file, folder, glob or `hf:NAME[:CONFIG[:SPLIT]]`; `ARCHIVE.zip!MEMBER` is a file in an archive."""
-    format: Literal["txt", "lines", "csv", "tsv", "jsonl", "parquet", "squad", "slots"] | None = None
+    format: Literal["txt", "lines", "csv", "tsv", "jsonl", "parquet", "squad", "slots", "sgd"] | None = None
     """By default what the file's name ends with. `lines`: a row is a line of text, in the column `text`. `squad`: a
-    .json document of questions; `slots`: one of utterances and the spans of their slots, each slot a question."""
+    .json document of questions; `slots`: one of utterances and the spans of their slots, each slot a question;
+    `sgd`: one of Schema-Guided Dialogues, each in the column `messages`."""
     encoding: str = "utf-8"
     columns: tuple[str, ...] = ()
     """csv and tsv: the columns' names, where the first row does not hold them."""
@@ -306,6 +307,17 @@ class WatchdogSection(Section):
     """End all ranks, with their stacks in log/, when one has not moved on for so long; null: never. A step, a batch of
     an evaluation, a save, and at the start the data, the model and the restoring each begin the count anew: the longest
     of them has to be shorter."""
+
+
+class SamplingSection(Section):
+    """How the next token of a text is chosen, and when to stop."""
+
+    max_new_tokens: PositiveInt = 100
+    temperature: NonNegativeFloat = 0.8
+    """0 is greedy."""
+    top_k: NonNegativeInt = 50
+    """0 is all."""
+    top_p: Fraction = 1.0
 
 
 class RunConfig(Section):

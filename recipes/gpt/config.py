@@ -2,28 +2,14 @@
 
 from typing import ClassVar, Literal
 
-from bigbatch.recipes.core.config import (
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    RunConfig,
-    Section,
-    TokenDataSection,
-)
+from bigbatch.recipes.core.config import RunConfig, SamplingSection, TokenDataSection
 from bigbatch.recipes.core.models.config import DecoderSection
 
 
-class SampleSection(Section):
+class SampleSection(SamplingSection):
     """How text is generated: in the report while training, and by `bigbatch generate`."""
 
     prompts: tuple[str, ...] = ("The ",)
-    max_new_tokens: PositiveInt = 100
-    temperature: NonNegativeFloat = 0.8
-    """0 is greedy."""
-    top_k: NonNegativeInt = 50
-    """0 is all."""
-    top_p: Fraction = 1.0
 
 
 class GptConfig(RunConfig):

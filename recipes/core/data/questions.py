@@ -17,15 +17,15 @@ def squad_rows(document: Any, file: str) -> Rows:
     `answers` are objects with `text` and `answer_start`, none where there is none. Raises UserError at the JSON path of
     what is not as it should be.
     """
-    for place, article in _each(document, "data", "", file):
-        for paragraph_place, paragraph in _each(article, "paragraphs", f"{place}.", file):
-            context = _text(paragraph, "context", paragraph_place, file)
-            for question_place, item in _each(paragraph, "qas", f"{paragraph_place}.", file):
+    for place, article in objects_of(document, "data", "", file):
+        for paragraph_place, paragraph in objects_of(article, "paragraphs", f"{place}.", file):
+            context = text_of(paragraph, "context", paragraph_place, file)
+            for question_place, item in objects_of(paragraph, "qas", f"{paragraph_place}.", file):
                 answers = item.get("answers", [])
                 if item.get("is_impossible") and answers:
                     found = f"is_impossible, but has {len(answers)} answers; right is one or the other"
                     raise UserError(f"{file}:{question_place}", found)
-                question = _text(item, "question", question_place, file)
+                question = text_of(item, "question", question_place, file)
                 values = (str(item.get("id", question_place)), str(article.get("title", "")), question, context)
                 yield dict(zip(SQUAD_COLUMNS, (*values, answers), strict=True)), question_place
 
@@ -36,11 +36,11 @@ def slot_rows(document: Any, file: str) -> Rows:
     The question is the slot's name in words, and "requested" before it where the system had just asked for this one. A
     slot that an utterance has no label for has no answer. The format is that of https://arxiv.org/abs/2005.08866.
     """
-    utterances = list(_each({"": document}, "", "", file))
-    labels = [list(_each({"labels": [], **item}, "labels", f"{place}.", file)) for place, item in utterances]
-    slots = sorted({_text(label, "slot", place, file) for found in labels for place, label in found})
+    utterances = list(objects_of({"": document}, "", "", file))
+    labels = [list(objects_of({"labels": [], **item}, "labels", f"{place}.", file)) for place, item in utterances]
+    slots = sorted({text_of(label, "slot", place, file) for found in labels for place, label in found})
     for (place, item), found in zip(utterances, labels, strict=True):
-        context = _text(item.get("userInput"), "text", f"{place}.userInput", file)
+        context = text_of(item.get("userInput"), "text", f"{place}.userInput", file)
         asked = (item.get("context") or {}).get("requestedSlots") or []
         for slot in slots:
             spans = [(label.get("valueSpan") or {}) for _, label in found if label["slot"] == slot]
@@ -50,11 +50,13 @@ def slot_rows(document: Any, file: str) -> Rows:
             yield dict(zip(SLOT_COLUMNS, values, strict=True)), f"{place}({slot})"
 
 
-def _each(holder: Any, key: str, where: str, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a list, each with its JSON path."""
+def objects_of(
+    holder: Any, key: str, where: str, file: str, what: str = "utterances"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a list, each with its JSON path; with the key "" the list is the document itself."""
     found = holder.get(key) if isinstance(holder, dict) else None
     if not isinstance(found, list):
-        right = f"right is an object with a list {key!r}" if key else "right is a list of utterances"
+        right = f"right is an object with a list {key!r}" if key else f"right is a list of {what}"
         raise UserError(f"{file}:{where.rstrip('.')}".rstrip(":"), f"has no list {key!r}; {right}" if key else right)
     for number, item in enumerate(found):
         place = f"{where}{key}[{number}]"
@@ -63,7 +65,8 @@ def _each(holder: Any, key: str, where: str, file: str) -> Iterator[tuple[str, d
         yield place, item
 
 
-def _text(holder: Any, key: str, place: str, file: str) -> str:
+def text_of(holder: Any, key: str, place: str, file: str) -> str:
+    """Return a text of an object; raise UserError at its JSON path where there is none."""
     value = holder.get(key) if isinstance(holder, dict) else None
     if not isinstance(value, str):
         raise UserError(f"{file}:{place}", f"has no text {key!r}")

@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
+from bigbatch.recipes.core.data.dialogues import SGD_COLUMNS, sgd_rows
 from bigbatch.recipes.core.data.manifest import hash_of
 from bigbatch.recipes.core.data.questions import SLOT_COLUMNS, SQUAD_COLUMNS, slot_rows, squad_rows
 from bigbatch.recipes.core.data.sources import (
@@ -35,7 +36,9 @@ from bigbatch.recipes.core.data.sources import (
     load_hugging_face,
 )
 from bigbatch.recipes.core.data.stdlib_text import (
+    DIALOGUE_COLUMNS,
     QUESTION_COLUMNS,
+    stdlib_dialogues,
     stdlib_docstrings,
     stdlib_documents,
     stdlib_questions,
@@ -170,8 +173,8 @@ def _read_json_lines(file: SourceFile, columns: Columns) -> Iterator[Row]:
             yield Row({name: row[name] for name in columns}, origin, fraction())
 
 
-def _read_questions(file: SourceFile, columns: Columns) -> Iterator[Row]:
-    known, rows = (SQUAD_COLUMNS, squad_rows) if file.format == "squad" else (SLOT_COLUMNS, slot_rows)
+def _read_document(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    known, rows = _DOCUMENTS[file.format]
     _require(columns, known, file.path)
     with _opened(file) as (stream, _):
         content = stream.read()
@@ -243,6 +246,12 @@ def _read_stdlib_questions(file: SourceFile, columns: Columns) -> Iterator[Row]:
         yield Row({name: values[name] for name in columns}, f"{file.path}:{number}", 1.0)
 
 
+def _read_stdlib_dialogues(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    _require(columns, DIALOGUE_COLUMNS, file.path)
+    for number, values in enumerate(stdlib_dialogues(Path(file.path)), 1):
+        yield Row({name: values[name] for name in columns}, f"{file.path}:{number}", 1.0)
+
+
 def _read_hugging_face(file: SourceFile, columns: Columns) -> Iterator[Row]:
     dataset = load_hugging_face(file.path, file.path)
     _require(columns, dataset.column_names, file.path)
@@ -255,6 +264,11 @@ def _read_hugging_face(file: SourceFile, columns: Columns) -> Iterator[Row]:
             yield Row(row, f"{file.path}:{number}", number / dataset.num_rows)
 
 
+_DOCUMENTS = {
+    "squad": (SQUAD_COLUMNS, squad_rows),
+    "slots": (SLOT_COLUMNS, slot_rows),
+    "sgd": (SGD_COLUMNS, sgd_rows),
+}
 _READERS: dict[str, Callable[[SourceFile, Columns], Iterator[Row]]] = {
     "txt": _read_text,
     "lines": _read_lines,
@@ -262,12 +276,14 @@ _READERS: dict[str, Callable[[SourceFile, Columns], Iterator[Row]]] = {
     "csv": _read_csv,
     "tsv": _read_csv,
     "parquet": _read_parquet,
-    "squad": _read_questions,
-    "slots": _read_questions,
+    "squad": _read_document,
+    "slots": _read_document,
+    "sgd": _read_document,
     "hf": _read_hugging_face,
     "stdlib": _read_stdlib,
     "docstrings": _read_docstrings,
     "questions": _read_stdlib_questions,
+    "dialogues": _read_stdlib_dialogues,
 }
 
 

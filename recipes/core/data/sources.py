@@ -20,7 +20,7 @@ from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
 # source -> format
-PYTHON = {"python:stdlib": "stdlib", "python:docstrings": "docstrings", "python:questions": "questions"}
+PYTHON = {f"python:{kind}": kind for kind in ("stdlib", "docstrings", "questions", "dialogues")}
 HUGGING_FACE = "hf:"
 DATA_ROOT_VARIABLE = "BIGBATCH_DATA"
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -43,7 +43,7 @@ class SourceFile(NamedTuple):
     size_bytes: int
     modified_ns: int
     format: str
-    """One of TableSource.format, `hf`, `stdlib`, `docstrings`, `questions`, or one of IMAGE_FORMATS."""
+    """One of TableSource.format, `hf`, `stdlib`, `docstrings`, `questions`, `dialogues`, or one of IMAGE_FORMATS."""
     table: Any
     """The TableSource that names it; of images the ImageSource."""
 
@@ -196,10 +196,12 @@ _OPTIONS = {
     "parquet": {"format", *_ROW_OPTIONS},
     "squad": {"format", "encoding", *_ROW_OPTIONS},
     "slots": {"format", "encoding", *_ROW_OPTIONS},
+    "sgd": {"format", "encoding", *_ROW_OPTIONS},
     "hf": _ROW_OPTIONS,
     "stdlib": {"constants"},
     "docstrings": _ROW_OPTIONS,
     "questions": _ROW_OPTIONS,
+    "dialogues": _ROW_OPTIONS,
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 QUESTION_COLUMNS = ("id", "kind", "question", "context", "answers")
+DIALOGUE_COLUMNS = ("id", "messages")
 LONGEST_SIGNATURE = 300  # characters
 MOST_PARAMETERS = 4  # asked about, of a function
 _RETURN = re.compile(r"\breturn(?:s|ing)?\s+(?P<what>[^.,;:]+)", re.IGNORECASE)
@@ -71,6 +72,30 @@ def stdlib_questions(path: Path) -> Iterator[dict[str, Any]]:
             answers = [{"start": span[0], "end": span[1]}] if span else []
             values = (f"{path.name}:{node.lineno}:{number}", kind, question, context, answers)
             yield dict(zip(QUESTION_COLUMNS, values, strict=True))
+
+
+def stdlib_dialogues(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a dialogue about each documented function of a file: its purpose, then what its signature says."""
+    tree = _parse(path)
+    for node in ast.walk(tree) if tree else ():
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or not (docstring := ast.get_docstring(node)):
+            continue
+        signature, parameters = _signature(node)
+        purpose = " ".join(docstring.split(chr(10) * 2)[0].split())
+        if not purpose or len(signature) > LONGEST_SIGNATURE or len(purpose) > LONGEST_SIGNATURE:
+            continue
+        names = [name for name, _, _ in parameters]
+        listed = f"It takes {', '.join(names)}." if names else "It takes no parameters."
+        turns = [(f"What does {signature} do?", purpose), ("Which parameters does it take?", listed)]
+        if defaults := [(name, signature[slice(*span)]) for name, _, span in parameters if span]:
+            name, value = defaults[0]
+            turns.append((f"What is the default of {name}?", f"The default of {name} is {value}."))
+        messages = [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        yield {"id": f"{path.name}:{node.lineno}", "messages": messages}
 
 
 def _signature(
