@@ -24,7 +24,7 @@ from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.checkpoint import MASTER, Reader, open_checkpoint
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
-from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder
+from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, piece_shape
 from bigbatch.recipes.core.run_home import enter_home
 from bigbatch.recipes.core.tensor_file import Entry, sync_folder, write_json, write_tensors
 
@@ -209,8 +209,7 @@ def _write_weights(
 
 
 def _entry(piece: Piece, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
-    shape = (piece.stop - piece.start, *shape[1:])
-    return Entry(piece.name, dtype, shape[::-1] if piece.transpose else shape)
+    return Entry(piece.name, dtype, piece_shape(piece, shape))
 
 
 def _parts(reader: Reader, name: str, piece: Piece, dtype: torch.dtype, window_bytes: int) -> Iterator[torch.Tensor]:
@@ -227,7 +226,7 @@ def _parts(reader: Reader, name: str, piece: Piece, dtype: torch.dtype, window_b
         part = torch.empty(rows * row_elements)
         reader.read_into(name, MASTER, start * row_elements, part)
         part = part.view(rows, *shape[1:]).to(dtype)
-        yield part.T if piece.transpose else part
+        yield part.reshape(rows, -1).T if piece.transpose else part
 
 
 def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) -> None:

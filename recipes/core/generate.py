@@ -1,4 +1,6 @@
-"""Text from a native decoder, token by token with a cache of keys and values; and the opening of a model to do so.
+"""Text from a native decoder, or an encoder-decoder and its sources, token by token with a cache of keys and values.
+
+And the opening of a model to do so. beam_search.py looks for the likeliest text instead of choosing token by token.
 
 Shapes: R rows (prompts times samples), V vocabulary.
 """
@@ -15,6 +17,11 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import DecoderSection
 from bigbatch.recipes.core.models.decoder import Decoder, KeyValueCache, load_hugging_face, section_from_hugging_face
 from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.models.seq2seq import Seq2Seq, Seq2SeqCache
+
+Model = Decoder | Seq2Seq
+Cache = KeyValueCache | Seq2SeqCache
+Tokens = Sequence[Sequence[int]]
 
 
 class Sampling(NamedTuple):
@@ -42,14 +49,16 @@ class Completion(NamedTuple):
     """`end`: the model ended the text; `length`: max_new_tokens; `context`: the model's positions are used up."""
 
 
-def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-    """Return the continuations of each prompt.
+def generate(
+    model: Model, prompts: Tokens, sampling: Sampling, sources: Tokens | None = None
+) -> list[list[Completion]]:
+    """Return the continuations of each prompt; those of a Seq2Seq begin its targets, and `sources` are beside them.
 
     A prompt's continuations do not depend on the others of the call. Sample s of every prompt draws from a stream of
     random numbers that (seed, s) alone determine. Collective under ZeRO-3: every rank must call it.
     """
     rows: list[list[int]] = [[] for _ in range(len(prompts) * sampling.num_samples)]
-    for step in stream(model, prompts, sampling):
+    for step in stream(model, prompts, sampling, sources):
         for row, token in zip(rows, step, strict=True):
             if token is not None:
                 row.append(token)
@@ -63,16 +72,19 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
     ]
 
 
-def stream(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int | None]]:
+def stream(
+    model: Model, prompts: Tokens, sampling: Sampling, sources: Tokens | None = None
+) -> Iterator[list[int | None]]:
     """Yield, step by step, the next token of each row, None where a row has ended; samples of a prompt are adjacent."""
     if not prompts:
         return
-    limits = np.repeat([_limit(model, prompt, sampling) for prompt in prompts], sampling.num_samples)
+    limits = [_limit(model, prompt, sampling.max_new_tokens) for prompt in prompts]
+    limits = np.repeat(limits, sampling.num_samples)
     generators = [np.random.default_rng((sampling.seed, sample)) for sample in range(sampling.num_samples)]
     was_training = model.training
     model.eval()
     try:
-        logits, cache = _read_prompts(model, prompts, int(max(limits)), sampling.num_samples)
+        logits, cache = read_prompts(model, prompts, int(max(limits)), sampling.num_samples, sources)
         running = np.ones(len(limits), dtype=bool)
         for step in range(int(max(limits))):
             uniforms = np.tile([generator.random() for generator in generators], len(prompts))
@@ -83,33 +95,34 @@ def stream(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling)
                 return
             yield [token if runs else None for token, runs in zip(tokens, running, strict=True)]
             if step + 1 < max(limits[running]):
-                logits = _forward(model, chosen.unsqueeze(1), cache)
+                logits = next_logits(model, chosen.unsqueeze(1), cache)
     finally:
         model.train(was_training)
 
 
-def _limit(model: Decoder, prompt: Sequence[int], sampling: Sampling) -> int:
+def _limit(model: Model, prompt: Sequence[int], max_new_tokens: int) -> int:
     """Return how many tokens may follow a prompt."""
     positions = model.section.max_positions
     if not prompt:
         raise UserError("prompt", "is empty; it needs one token at least")
     if len(prompt) >= positions:
         raise UserError("prompt", f"has {len(prompt)} tokens; the model has {positions} positions, one must be free")
-    return min(sampling.max_new_tokens, positions - len(prompt))
+    return min(max_new_tokens, positions - len(prompt))
 
 
 def why_stopped(
-    model: Decoder, prompt: Sequence[int], tokens: list[int], sampling: Sampling
+    model: Model, prompt: Sequence[int], tokens: list[int], sampling: Sampling
 ) -> Literal["end", "length", "context"]:
     """Tell why a row of `stream` has ended."""
-    if len(tokens) < _limit(model, prompt, sampling):
+    if len(tokens) < _limit(model, prompt, sampling.max_new_tokens):
         return "end"
     return "length" if len(tokens) == sampling.max_new_tokens else "context"
 
 
-def _read_prompts(
-    model: Decoder, prompts: Sequence[Sequence[int]], num_new_tokens: int, num_samples: int
-) -> tuple[torch.Tensor, KeyValueCache]:
+@torch.no_grad()
+def read_prompts(
+    model: Model, prompts: Tokens, num_new_tokens: int, num_samples: int, sources: Tokens | None = None
+) -> tuple[torch.Tensor, Cache]:
     """Return the logits [R, V] behind each prompt and the cache; prompts are aligned at their ends."""
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
@@ -117,15 +130,22 @@ def _read_prompts(
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[longest - len(prompt) :] = torch.tensor(prompt)
-    cache = KeyValueCache(model, len(prompts), longest + num_new_tokens, padding)
-    logits = _forward(model, tokens.to(device), cache)
+    if isinstance(model, Seq2Seq):
+        if sources is None or not all(map(len, sources)):
+            raise UserError("source", "is missing or empty; it needs one token at least")
+        cache = model.open_cache(sources, longest + num_new_tokens, padding)
+    else:
+        cache = KeyValueCache(model, len(prompts), longest + num_new_tokens, padding)
+    logits = next_logits(model, tokens.to(device), cache)
     cache.repeat(num_samples)
     return logits.repeat_interleave(num_samples, dim=0), cache
 
 
 @torch.no_grad()  # not inference_mode: weights that ZeRO-3 gathers there could not take part in training any more
-def _forward(model: Decoder, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+def next_logits(model: Model, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Return the logits [R, V] behind the last of tokens [R, T]."""
+    if isinstance(model, Seq2Seq) and isinstance(cache, Seq2SeqCache):
+        return model.decode(tokens, cache)[:, -1]
     return model(tokens, cache=cache, last_only=True)[:, -1]
 
 

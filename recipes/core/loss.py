@@ -27,10 +27,12 @@ def chunked_cross_entropy(
     num_classes: int | None = None,
     bias: torch.Tensor | None = None,  # [V]
     tensor: Axis = ALONE,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Sum the cross-entropy of `hidden @ weight.T + bias` against `labels` over the rows whose label is not `ignore`.
 
-    Rows of `weight` from `num_classes` on are padding: they have no probability and get no gradient.
+    Rows of `weight` from `num_classes` on are padding: they have no probability and get no gradient. With
+    `label_smoothing` that share of the target is spread over all classes; not over tensor ranks.
     The result is a float32 scalar (float64 for float64 input), and so are the statistics of the softmax. The gradients
     are made in the forward pass, those of the plain sum, and multiplied by the incoming one in the backward pass: they
     are of the order of 1 when they are first rounded, whatever the loss scale and the number of targets, so that
@@ -44,12 +46,14 @@ def chunked_cross_entropy(
         chunk_rows = _default_chunk_rows(len(hidden), weight)
     if num_classes is not None:
         num_classes = max(0, num_classes - tensor.rank * len(weight))  # of this rank's rows
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, ignore, chunk_rows, num_classes, tensor)
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight, bias, labels, ignore, chunk_rows, num_classes, tensor, label_smoothing
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore, chunk_rows, num_classes, tensor):
+    def forward(ctx, hidden, weight, bias, labels, ignore, chunk_rows, num_classes, tensor, label_smoothing):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         loss = hidden.new_zeros((), dtype=_statistics_dtype(hidden))
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -65,7 +69,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits[:, num_classes:] = -math.inf
             chunk_labels = labels[start : start + chunk_rows]
             if tensor.size == 1:
-                loss += _loss_and_gradient(logits, chunk_labels, ignore)
+                loss += _loss_and_gradient(logits, chunk_labels, ignore, label_smoothing, num_classes)
             else:
                 loss += _divided_loss_and_gradient(logits, chunk_labels, ignore, tensor)
             if grad_hidden is not None:
@@ -91,7 +95,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             else torch.mul(kept.to(grad_output.dtype), grad_output, out=kept.new_empty(kept.shape, dtype=ctx.dtype))
             for kept in ctx.saved_tensors
         )
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _default_chunk_rows(num_rows: int, weight: torch.Tensor) -> int:
@@ -103,7 +107,9 @@ def _default_chunk_rows(num_rows: int, weight: torch.Tensor) -> int:
     return max(1, math.ceil(num_rows / num_chunks))
 
 
-def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignore: int) -> torch.Tensor:
+def _loss_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, ignore: int, smoothing: float, num_classes: int | None
+) -> torch.Tensor:
     """Return the summed loss of a chunk, and overwrite its logits [C, V] with their gradient."""
     block_rows = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
     buffer = logits.new_empty(min(block_rows, len(logits)), logits.shape[1], dtype=_statistics_dtype(logits))
@@ -114,10 +120,15 @@ def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignore: int) 
         values = buffer[: len(block)].copy_(block)  # [R, V]
         values -= values.amax(1, keepdim=True)
         target_values = values.gather(1, targets)
+        if smoothing:
+            classes = values[:, :num_classes]
+            target_values = (1 - smoothing) * target_values + smoothing * classes.mean(1, keepdim=True)
         total = values.exp_().sum(1, keepdim=True)
         loss += ((total.log() - target_values) * counted).sum()
         values *= counted / total
-        values.scatter_add_(1, targets, -counted.to(values.dtype))
+        values.scatter_add_(1, targets, (smoothing - 1) * counted.to(values.dtype))
+        if smoothing:
+            classes -= smoothing / classes.shape[1] * counted
         block.copy_(values)
     return loss
 

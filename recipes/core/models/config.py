@@ -186,7 +186,64 @@ class VisionSection(Section):
         )
 
 
-def padded_vocabulary(vocabulary_size: int, section: DecoderSection | EncoderSection, tensor_ranks: int = 1) -> int:
+class Seq2SeqSection(Section):
+    """An encoder-decoder transformer (https://arxiv.org/abs/1706.03762) with one table of token vectors."""
+
+    family: Literal["marian", "bart", "mbart"] = "marian"
+    """marian: positions are sines, each layer's sum is normed. bart: positions are learned, and the embeddings normed
+    too. mbart: as bart, but what enters a layer is normed, and the last hidden states."""
+    num_encoder_layers: PositiveInt = 6
+    num_decoder_layers: PositiveInt = 6
+    hidden_size: PositiveInt = 512
+    num_heads: PositiveInt = 8
+    feed_forward_size: PositiveInt | None = None
+    """By default 4 times the hidden size."""
+    activation: Literal["relu", "gelu", "swish"] = "relu"
+    max_positions: PositiveInt = 512
+    """Of a source, and of a target."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the attention's weights."""
+    scale_embeddings: bool = True
+    """Multiply token vectors by the root of the hidden size where they enter."""
+    initializer_range: PositiveFloat = 0.02
+    vocabulary_multiple: PositiveInt = 64
+    """The embedding's rows are rounded up to a multiple of this: full tiles for the matrix unit."""
+    recompute_activations: bool = False
+    """Keep one activation a layer and compute the others again in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.family == "marian" and self.hidden_size % 2:
+            raise ValueError(f"positions that are sines and cosines need an even hidden_size, not {self.hidden_size}")
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that write, of which a cache keeps keys and values."""
+        return self.num_decoder_layers
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Numbers a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward layer, the default filled in."""
+        return self.feed_forward_size or 4 * self.hidden_size
+
+
+def padded_vocabulary(
+    vocabulary_size: int, section: DecoderSection | EncoderSection | Seq2SeqSection, tensor_ranks: int = 1
+) -> int:
     """Return the embedding's number of rows for a tokenizer's vocabulary; raise UserError if they do not divide."""
     rows = -(-vocabulary_size // section.vocabulary_multiple) * section.vocabulary_multiple
     if rows % tensor_ranks:

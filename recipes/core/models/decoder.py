@@ -309,7 +309,8 @@ class KeyValueCache:
     A row may go on past the model's last position, to keep others company: what it says there means nothing.
     """
 
-    def __init__(self, model: Decoder, num_rows: int, max_length: int, padding: torch.Tensor | None = None) -> None:
+    def __init__(self, model: Any, num_rows: int, max_length: int, padding: torch.Tensor | None = None) -> None:
+        """Take memory for a Decoder, or the decoder of a Seq2Seq."""
         section, weight = model.section, next(model.parameters())
         heads = section.key_value_heads // model.tensor.size
         shape = (section.num_layers, 2, num_rows, heads, max_length, section.head_size)
@@ -352,6 +353,10 @@ class KeyValueCache:
         self.states = self.states.repeat_interleave(num_samples, dim=2)
         if self.padding is not None:
             self.padding = self.padding.repeat_interleave(num_samples)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Let each row go on as another one [B] has begun, one of the same padding."""
+        self.states[..., : self.length, :] = self.states[..., : self.length, :].index_select(2, rows)
 
 
 def _positions(tokens: torch.Tensor, documents: torch.Tensor | None, cache: KeyValueCache | None) -> torch.Tensor:

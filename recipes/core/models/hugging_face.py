@@ -14,7 +14,10 @@ from bigbatch.recipes.core.layout import logical_shape, share_of
 
 
 class Piece(NamedTuple):
-    """The Hugging Face tensor that rows start..stop of one of our tensors are, transposed or not."""
+    """The Hugging Face tensor that rows start..stop of one of our tensors are, transposed or not.
+
+    A vector transposed is a matrix of one row.
+    """
 
     name: str
     start: int
@@ -25,7 +28,13 @@ class Piece(NamedTuple):
 def to_hugging_face(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     """Cut a piece out of our tensor, as it lies in a Hugging Face folder."""
     part = tensor[piece.start : piece.stop]
-    return (part.T if piece.transpose else part).contiguous()
+    return (part.reshape(len(part), -1).T if piece.transpose else part).contiguous()
+
+
+def piece_shape(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a piece of our tensor of a shape has in a Hugging Face folder."""
+    shape = (piece.stop - piece.start, *shape[1:])
+    return (*shape, 1)[1::-1] if piece.transpose else shape
 
 
 def from_hugging_face(
@@ -35,13 +44,13 @@ def from_hugging_face(
     tensor = None
     for piece in pieces:
         part = read(piece.name)
-        expected = (piece.stop - piece.start, *shape[1:])
-        expected = expected[::-1] if piece.transpose else expected
+        expected = piece_shape(piece, shape)
         if tuple(part.shape) != expected:
             raise UserError(where, f"tensor {piece.name!r} is {tuple(part.shape)}, the model needs {expected}")
         if tensor is None:
             tensor = part.new_zeros(shape)
-        tensor[piece.start : piece.stop] = part.T if piece.transpose else part
+        rows = tensor[piece.start : piece.stop]
+        rows.copy_(part.T.reshape(rows.shape) if piece.transpose else part)
     assert tensor is not None
     return tensor
 

@@ -149,3 +149,15 @@ def test_a_bias_is_added_to_the_logits_and_gets_its_gradient():
     wanted = (hidden, weight, bias)
     pairs = zip(torch.autograd.grad(loss / 7, wanted), torch.autograd.grad(expected / 7, wanted), strict=True)
     assert all(relative(found, reference) < 1e-6 for found, reference in pairs)
+
+
+def test_smoothed_labels_have_the_loss_and_gradients_of_pytorch_and_padding_has_none():
+    hidden, weight, labels = problem()
+    labels[labels >= 47] = -100
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_rows=8, num_classes=47, label_smoothing=0.1)
+    logits = hidden @ weight[:47].T
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    wanted = (hidden, weight)
+    pairs = zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True)
+    assert all(relative(found, reference) < 1e-6 for found, reference in pairs)
