@@ -29,7 +29,9 @@ their probabilities; where a text may have any number of labels, labels alone, t
 questions takes QUESTION CONTEXT in turns, or a JSON object with both a line, or a file of such or in SQuAD's format; a
 line of its answers holds id (where given), question, answer, start and end (characters of the context; "" and null for
 no answer), probability, null_score (by how much no answer is better than the best), with --top also candidates. A model
-of the next word gives words, the likeliest behind the text. A model of images takes the paths of files for texts. An
+of the next word gives words, the likeliest behind the text. One that summarizes takes documents: texts, JSON objects
+with a document, a text or a list of sentences, or a file of such; it gives a summary, and where that is chosen from the
+document its sentences, each with place and score. A model of images takes the paths of files for texts. An
 argument that cannot be taken, an empty one for example, ends the command with status 2; a line of a file or of
 standard input gets an answer with the key error instead, in its place, and the number of such lines is told at the
 end."""
@@ -176,9 +178,11 @@ def _as_items(texts: list[str], fields: Fields) -> list[Item]:
 
 
 def _as_object(item: Item, fields: Fields) -> Item:
-    """Return the object that a line holds, where there are fields."""
+    """Return the object that a line holds, where there are fields; a plain line is the only one."""
     if not fields or item.problem:
         return item
+    if len(fields) == 1 and not item.text.lstrip().startswith("{"):
+        return Item({fields[0]: item.text})
     try:
         found = json.loads(item.text)
     except ValueError as error:
@@ -198,24 +202,27 @@ def find_file(path: str) -> list[Any]:
         raise UserError("--file", error.message) from None
 
 
-def read_file(files: list[Any], column: str, fields: Fields = ()) -> Iterator[Item]:
+def read_file(files: list[Any], column: str | None, fields: Fields = ()) -> Iterator[Item]:
     """Yield the lines of a .txt or the rows of a table: a column, or the fields, and an `id` where there is one."""
-    if fields:
-        return _read_objects(files, fields)
-    return _read_column(files, "text" if files[0].format == "lines" else column)
+    column = "text" if files[0].format == "lines" else column
+    if not fields:
+        return _read_column(files, column or "text")
+    return _read_objects(files, dict(zip(fields, [column] if column and len(fields) == 1 else fields, strict=True)))
 
 
-def _read_objects(files: list[Any], fields: Fields) -> Iterator[Item]:
+def _read_objects(files: list[Any], columns: dict[str, str]) -> Iterator[Item]:
+    """Yield objects, of each field the column that holds it, and an `id` where there is one."""
     from bigbatch.recipes.core.data.rows import read_rows
 
-    wanted = dict.fromkeys(fields, "--file")
+    wanted, named = dict.fromkeys(columns.values(), "--file"), {"id": "id", **columns}
     for file in files:
         try:
             next(read_rows(file, {"id": ""}), None)
-            columns = {"id": "--file", **wanted}
+            found = {"id": "--file", **wanted}
         except UserError:
-            columns = wanted
-        yield from (Item(row.values) for row in read_rows(file, columns))
+            found = wanted
+        for row in read_rows(file, found):
+            yield Item({name: row.values[column] for name, column in named.items() if column in found})
 
 
 def _read_column(files: list[Any], column: str) -> Iterator[Item]:
@@ -312,6 +319,8 @@ def _cell(one: dict[str, Any]) -> str:
         return f"error: {one['error']}"
     if "answer" in one:
         return f"{one['answer'] or '-'} {one['probability']:.1%}"
+    if "summary" in one:
+        return one["summary"]
     if "words" in one:
         return ", ".join(f"{item['word']!r} {item['probability']:.1%}" for item in one["words"])
     labels = one.get("labels", [one] if "label" in one else None)
@@ -325,14 +334,14 @@ def _cut(text: str, width: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    what = "Tell of which kind texts or images are, answer questions on them, or say how they go on."
+    what = "Tell of which kind texts or images are, answer questions on them, summarize them, or say how they go on."
     parser = Parser(prog="bigbatch predict", description=what, epilog=EPILOG)
     parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
     texts = "a text, the path of an image, or QUESTION CONTEXT in turns; - is standard input, a line each"
     parser.add_argument("texts", nargs="*", default=[], metavar="TEXT", help=texts)
     file = "a .txt (a line each), .jsonl, .csv, .tsv or .parquet; of questions also SQuAD's .json"
     parser.add_argument("--file", metavar="F", help=file)
-    parser.add_argument("--text-column", default="text", metavar="C", help="of the file (default text)")
+    parser.add_argument("--text-column", metavar="C", help="of the file (default text; of documents document)")
     parser.add_argument("--format", choices=("jsonl", "table"), help="by default a table on a terminal, else jsonl")
     parser.add_argument("--top", type=_count, metavar="K", help="the likeliest so many, each with probability")
     parser.add_argument("--batch-size", type=_count, metavar="N", default=32, help="texts at once (default 32)")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the launcher finds a recipe's configuration on a machine wi
     import numpy as np
     import torch
 
+RECORD_FILE = "conversion.json"  # what `bigbatch convert` writes beside the weights
 Batch = dict[str, Any]  # name -> tensor [B, ...] on the rank's device
 
 
@@ -201,6 +202,8 @@ def of_folder(folder: Path) -> str:
         architecture = (document.get("architectures") or ["a model of no class"])[0]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(str(folder), f"is no Hugging Face folder: config.json cannot be read ({error})") from None
+    if (folder / RECORD_FILE).is_file():  # one that this project has written says it
+        return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["recipe"]
     for name in recipe_names():
         ending = further(find(name), "ARCHITECTURE")
         if ending and architecture.endswith(ending):

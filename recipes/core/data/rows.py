@@ -38,10 +38,12 @@ from bigbatch.recipes.core.data.sources import (
 from bigbatch.recipes.core.data.stdlib_text import (
     DIALOGUE_COLUMNS,
     QUESTION_COLUMNS,
+    SUMMARY_COLUMNS,
     stdlib_dialogues,
     stdlib_docstrings,
     stdlib_documents,
     stdlib_questions,
+    stdlib_summaries,
 )
 from bigbatch.recipes.core.errors import UserError
 
@@ -240,16 +242,18 @@ def _read_docstrings(file: SourceFile, columns: Columns) -> Iterator[Row]:
         yield Row(dict(zip((TEXT_COLUMN, KIND_COLUMN), found, strict=True)), f"{file.path}:{number}", 1.0)
 
 
-def _read_stdlib_questions(file: SourceFile, columns: Columns) -> Iterator[Row]:
-    _require(columns, QUESTION_COLUMNS, file.path)
-    for number, values in enumerate(stdlib_questions(Path(file.path)), 1):
+def _read_stdlib_rows(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    known, rows = _STDLIB_ROWS[file.format]
+    _require(columns, known, file.path)
+    for number, values in enumerate(rows(Path(file.path)), 1):
         yield Row({name: values[name] for name in columns}, f"{file.path}:{number}", 1.0)
 
 
-def _read_stdlib_dialogues(file: SourceFile, columns: Columns) -> Iterator[Row]:
-    _require(columns, DIALOGUE_COLUMNS, file.path)
-    for number, values in enumerate(stdlib_dialogues(Path(file.path)), 1):
-        yield Row({name: values[name] for name in columns}, f"{file.path}:{number}", 1.0)
+_STDLIB_ROWS = {
+    "questions": (QUESTION_COLUMNS, stdlib_questions),
+    "dialogues": (DIALOGUE_COLUMNS, stdlib_dialogues),
+    "summaries": (SUMMARY_COLUMNS, stdlib_summaries),
+}
 
 
 def _read_hugging_face(file: SourceFile, columns: Columns) -> Iterator[Row]:
@@ -282,8 +286,9 @@ _READERS: dict[str, Callable[[SourceFile, Columns], Iterator[Row]]] = {
     "hf": _read_hugging_face,
     "stdlib": _read_stdlib,
     "docstrings": _read_docstrings,
-    "questions": _read_stdlib_questions,
-    "dialogues": _read_stdlib_dialogues,
+    "questions": _read_stdlib_rows,
+    "dialogues": _read_stdlib_rows,
+    "summaries": _read_stdlib_rows,
 }
 
 

@@ -20,7 +20,7 @@ from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
 # source -> format
-PYTHON = {f"python:{kind}": kind for kind in ("stdlib", "docstrings", "questions", "dialogues")}
+PYTHON = {f"python:{kind}": kind for kind in ("stdlib", "docstrings", "questions", "dialogues", "summaries")}
 HUGGING_FACE = "hf:"
 DATA_ROOT_VARIABLE = "BIGBATCH_DATA"
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -43,7 +43,7 @@ class SourceFile(NamedTuple):
     size_bytes: int
     modified_ns: int
     format: str
-    """One of TableSource.format, `hf`, `stdlib`, `docstrings`, `questions`, `dialogues`, or one of IMAGE_FORMATS."""
+    """One of TableSource.format, `hf`, a kind of PYTHON, or one of IMAGE_FORMATS."""
     table: Any
     """The TableSource that names it; of images the ImageSource."""
 
@@ -202,6 +202,7 @@ _OPTIONS = {
     "docstrings": _ROW_OPTIONS,
     "questions": _ROW_OPTIONS,
     "dialogues": _ROW_OPTIONS,
+    "summaries": _ROW_OPTIONS,
 }
 
 

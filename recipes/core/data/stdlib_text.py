@@ -1,6 +1,7 @@
 """Real English text that is on every machine: the language reference and the docstrings inside Python itself."""
 
 import ast
+import hashlib
 import re
 import sys
 import sysconfig
@@ -10,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bigbatch.recipes.core.data.clean import units
+
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 QUESTION_COLUMNS = ("id", "kind", "question", "context", "answers")
 DIALOGUE_COLUMNS = ("id", "messages")
+SUMMARY_COLUMNS = ("id", "document", "summary")
 LONGEST_SIGNATURE = 300  # characters
 MOST_PARAMETERS = 4  # asked about, of a function
+FEWEST_SENTENCES, MOST_SENTENCES, FEWEST_WORDS = 3, 12, 3  # of a docstring, and of its summary line
 _RETURN = re.compile(r"\breturn(?:s|ing)?\s+(?P<what>[^.,;:]+)", re.IGNORECASE)
 
 
@@ -96,6 +101,20 @@ def stdlib_dialogues(path: Path) -> Iterator[dict[str, Any]]:
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
         yield {"id": f"{path.name}:{node.lineno}", "messages": messages}
+
+
+def stdlib_summaries(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the sentences of each longer docstring of a file, in an order that their texts decide, and its summary.
+
+    The summary is the docstring's first sentence, which says what all of it is about (PEP 257).
+    """
+    tree = _parse(path)
+    for number, (docstring, _) in enumerate(_docstrings(tree) if tree else ()):
+        sentences = [" ".join(sentence.split()) for sentence in units(docstring, "sentence")]
+        is_long = FEWEST_SENTENCES <= len(sentences) <= MOST_SENTENCES
+        if is_long and len(sentences[0].split()) >= FEWEST_WORDS and not sentences[0].startswith(">>>"):
+            shuffled = sorted(sentences, key=lambda sentence: hashlib.sha256(sentence.encode()).digest())
+            yield dict(zip(SUMMARY_COLUMNS, (f"{path.name}:{number}", shuffled, sentences[0]), strict=True))
 
 
 def _signature(
