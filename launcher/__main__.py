@@ -18,7 +18,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,6 +39,8 @@ RUN_EXTRAS = ("train",)
 TEST_EXTRAS = ("low-bit", "test", "train")
 CPU_INSTALL_BYTES = 3 * 10**9
 GPU_INSTALL_BYTES = 12 * 10**9
+# Of two processes: the emulated cluster mostly waits, and many tests start ranks. tests/conftest.py makes the groups.
+WORKERS = ("--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder")
 MAPPED_FOLDERS = ("recipes", "launcher", "tools", "ds_configs", "slurm")
 
 
@@ -270,32 +271,17 @@ def run_tests(arguments: list[str]) -> int:
     chosen = [argument for argument in arguments if argument != "--slow"]
     if chosen:
         say("Tests alone; `python3 launcher test` without arguments also checks style and types")
-        return subprocess.run(pytest(slow, "", *chosen), cwd=ROOT, env=test_environment(), check=False).returncode
+        return subprocess.run(pytest(slow, *chosen), cwd=ROOT, env=test_environment(), check=False).returncode
     failed = [name for name, command in checks() if not passes(name, command)]
     if failed:
         say(f"FAILED: {', '.join(failed)} (the exit status will say so; the tests follow)")
-    return run_suite(slow) or int(bool(failed))
+    suite = subprocess.run(pytest(slow, *WORKERS), cwd=ROOT, env=test_environment(), check=False)
+    return suite.returncode or int(bool(failed))
 
 
-def run_suite(slow: bool) -> int:
-    """Run the tests of the emulated cluster, which wait most of the time, beside all others; return the exit status."""
-    beside = pytest(slow, "slurm", "-p", "no:cacheprovider")
-    with tempfile.TemporaryFile() as output:
-        cluster = subprocess.Popen(beside, cwd=ROOT, env=test_environment(), stdout=output, stderr=output)
-        try:
-            status = subprocess.run(pytest(slow, "not slurm"), cwd=ROOT, env=test_environment(), check=False).returncode
-            status = cluster.wait() or status
-        finally:
-            cluster.terminate()
-            output.seek(0)
-            say(f"Tests on the emulated cluster:\n{output.read().decode(errors='replace')}")
-    return status
-
-
-def pytest(slow: bool, marked: str, *arguments: str) -> list[str]:
-    """Return the command that runs the tests of a mark, with the slow ones or without."""
-    marks = " and ".join(mark for mark in (marked, "" if slow else "not slow") if mark)
-    return [str(VENV_PYTHON), "-P", "-m", "pytest", *(["-m", marks] if marks else []), *arguments]
+def pytest(slow: bool, *arguments: str) -> list[str]:
+    """Return the command that runs tests, with the slow ones or without."""
+    return [str(VENV_PYTHON), "-P", "-m", "pytest", *([] if slow else ["-m", "not slow"]), *arguments]
 
 
 def checks() -> list[tuple[str, list[str]]]:

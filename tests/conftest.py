@@ -15,6 +15,24 @@ import pytest
 PROGRAMS = Path(__file__).parent / "programs"
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several workers share the tests: those of one file in one worker, and the ones that mostly wait first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.get_closest_marker("slurm"))
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    """Name what must not be divided: the clusters, the users of a costly fixture, or a file."""
+    if item.get_closest_marker("slurm"):
+        return "slurm"
+    if "engine_cases" in getattr(item, "fixturenames", ()):
+        return "engine_cases"
+    return str(item.path.parent if (item.path.parent / "conftest.py").exists() else item.path)
+
+
 class Outcome(NamedTuple):
     """What a case of engine_cases.py left behind."""
 
