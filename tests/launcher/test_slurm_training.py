@@ -173,7 +173,7 @@ def test_a_node_that_loses_power_is_left_behind_and_the_run_ends_as_if_nothing_h
 def test_a_job_out_of_time_saves_comes_back_and_ends_as_if_nothing_had_been(undisturbed, limited):
     limited.wait_for_end()
     starts = limited.starts()
-    # Two minutes may be over before a busy host has started the ranks; such a start is repeated at once, with its number.
+    # Two minutes may be over before a busy host has started the ranks; such a start is repeated with its number.
     restarts = sorted({start["restart_count"] for start in starts})
     assert restarts == list(range(len(restarts)))
     assert len(restarts) > 1
