@@ -27,12 +27,19 @@ from bigbatch.launcher.predict import (
 from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
-from bigbatch.recipes.core.data.sources import IMAGE_FORMATS, SourceFile, archive_and_member, is_local, list_files
+from bigbatch.recipes.core.data.sources import (
+    AUDIO_FORMATS,
+    IMAGE_FORMATS,
+    SourceFile,
+    archive_and_member,
+    is_local,
+    list_files,
+)
 from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
 from bigbatch.recipes.core.models.config import VisionSection
 
-DOCUMENTS = ("parquet", "squad", "slots", "sgd", *IMAGE_FORMATS)  # whose rows are not lines
+DOCUMENTS = ("parquet", "squad", "slots", "sgd", *IMAGE_FORMATS, *AUDIO_FORMATS)  # whose rows are not lines
 SPLITS = ("train", "validation", "test")
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly
 COUNTED_BYTES = 2**26  # rows of more are not counted: that would be seconds

@@ -31,10 +31,10 @@ line of its answers holds id (where given), question, answer, start and end (cha
 no answer), probability, null_score (by how much no answer is better than the best), with --top also candidates. A model
 of the next word gives words, the likeliest behind the text. One that summarizes takes documents: texts, JSON objects
 with a document, a text or a list of sentences, or a file of such; it gives a summary, and where that is chosen from the
-document its sentences, each with place and score. A model of images takes the paths of files for texts. An
-argument that cannot be taken, an empty one for example, ends the command with status 2; a line of a file or of
-standard input gets an answer with the key error instead, in its place, and the number of such lines is told at the
-end."""
+document its sentences, each with place and score. A model of images or speech takes the paths of files
+for texts; one of speech gives transcript and seconds. An argument that cannot be taken, an empty one for example, ends
+the command with status 2; a line of a file or of standard input gets an answer with the key error instead, in its
+place, and the number of such lines is told at the end."""
 PAUSE_SECONDS = 0.05
 BLOCK_BYTES = 2**16
 DIGITS = 6  # of a probability
@@ -319,8 +319,8 @@ def _cell(one: dict[str, Any]) -> str:
         return f"error: {one['error']}"
     if "answer" in one:
         return f"{one['answer'] or '-'} {one['probability']:.1%}"
-    if "summary" in one:
-        return one["summary"]
+    if "summary" in one or "transcript" in one:
+        return one.get("summary") or one.get("transcript") or "-"
     if "words" in one:
         return ", ".join(f"{item['word']!r} {item['probability']:.1%}" for item in one["words"])
     labels = one.get("labels", [one] if "label" in one else None)
@@ -334,10 +334,10 @@ def _cut(text: str, width: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    what = "Tell of which kind texts or images are, answer questions on them, summarize them, or say how they go on."
+    what = "Tell of which kind texts or images are, answer questions, sum up, go on with texts, or write down speech."
     parser = Parser(prog="bigbatch predict", description=what, epilog=EPILOG)
     parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
-    texts = "a text, the path of an image, or QUESTION CONTEXT in turns; - is standard input, a line each"
+    texts = "a text, the path of an image or recording, or QUESTION CONTEXT in turns; - is standard input, a line each"
     parser.add_argument("texts", nargs="*", default=[], metavar="TEXT", help=texts)
     file = "a .txt (a line each), .jsonl, .csv, .tsv or .parquet; of questions also SQuAD's .json"
     parser.add_argument("--file", metavar="F", help=file)

@@ -22,9 +22,9 @@ from bigbatch.recipes.core.data.sources import (
     first_line,
     format_of,
     idx_labels,
-    image_parts,
     load_hugging_face,
     locate,
+    parts_of,
 )
 from bigbatch.recipes.core.errors import UserError
 
@@ -98,7 +98,7 @@ Found = tuple[Any, str, str]  # what `open_image` takes, label, origin
 def _read_folder(file: SourceFile, data: ImageDataSection) -> Iterator[Found]:
     """Take the first folder below the source's for the class."""
     below = Path(file.path).relative_to(locate(file.table.path).absolute()).parts
-    for path in image_parts(file)[1:]:
+    for path in parts_of(file)[1:]:
         if not below:
             hint = "right is a folder a class, or `labels`, a file that tells"
             raise UserError(str(path), f"lies in no folder that would name its class; {hint}")

@@ -132,6 +132,20 @@ class ImageSource(Section):
     """The one behind the last."""
 
 
+class AudioSource(Section):
+    """Recordings, each with its transcript."""
+
+    path: str
+    """A manifest (.jsonl, .csv, .tsv) with the columns `audio`, a path from the manifest on, and `text`, and where it
+    has them `start` and `duration` in seconds; a folder or an archive (.zip, .tar, .tar.gz) of recordings; or
+    `python:tones`, made here. A relative path is looked for here, then under $BIGBATCH_DATA."""
+    pattern: str | None = None
+    """Of a folder or archive: a regular expression; only files are taken whose whole path below it, without the ending,
+    it matches. Its group `text` is the transcript; without one that is in a .txt file of the same name."""
+    words: dict[str, str] = {}
+    """What is written for some words of the transcripts: {"0": "zero"}."""
+
+
 class TokenDataSection(Section):
     """Running text for language models."""
 

@@ -17,7 +17,7 @@ MAX_FLAT_LABELS = 20  # up to so many, each label's figures are scalars too, to 
 SHOWN_LABELS = 20
 SHOWN_CONFUSIONS = 10
 NUMBERS_AT_ONCE = 2**22
-LOWER_IS_BETTER = ("loss", "perplexity", "bits", "calibration_error")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits", "calibration_error", "word_err", "character_err", "sentence_err")
 
 
 class ClassificationFigures(NamedTuple):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bigbatch.recipes.core.data.ngrams import BUCKETS, Tables
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL, Stream
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.next_word.tables import BUCKETS, Tables
 
 STATISTICS = 2 + BUCKETS
 """An n-gram's own count, and of all that begin like it: the sum, how many are 1, 2, 3+."""

@@ -12,12 +12,11 @@ begin at formulas of small counts and are then fitted to text that was not count
 Shapes: B stretches of T words, K the longest n-gram, V words.
 """
 
-import numpy as np
 import torch
 from torch import nn
 
+from bigbatch.recipes.core.data.ngrams import BUCKETS
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
-from bigbatch.recipes.next_word.tables import BUCKETS, Tables
 
 
 class KneserNey(nn.Module):
@@ -44,20 +43,3 @@ class KneserNey(nn.Module):
             mixed = (kept + followers @ discounts * probability) / total.clamp(min=1)
             probability = torch.where(total > 0, mixed, probability)
         return -(probability.log() * (labels != IGNORED_LABEL)).sum()
-
-
-def distribution(tables: Tables, discounts: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Return the probability [V] of each word behind words [T], as the module has it with discounts [K, 3]."""
-    size, order = tables.vocabulary_size, len(tables.by_length)
-    probability = np.full(size, 1 / size)
-    contexts = [0, *(int(numbers[-1]) for _, numbers in tables.numbers(words[-order:]))]
-    for table, context, three in zip(tables.by_length, contexts, discounts, strict=False):
-        if context < 0 or not table.followers[context, 0]:
-            break  # nor was any longer context ever seen
-        begin, end = np.searchsorted(table.keys, np.array([context, context + 1], np.uint64) * np.uint64(size))
-        counts = table.counts[begin:end]
-        total, *followers = table.followers[context]
-        kept = counts - np.concatenate([[0.0], three])[np.minimum(counts, BUCKETS)]
-        probability *= np.dot(followers, three) / total
-        probability[(table.keys[begin:end] % np.uint64(size)).astype(np.int64)] += kept / total
-    return probability

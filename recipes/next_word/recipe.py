@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bigbatch.recipes.core.data.clean import clean
+from bigbatch.recipes.core.data.ngrams import Tables, discounts_by_formula, distribution
 from bigbatch.recipes.core.data.prepare import prepare_tokens, prepared_folder
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL, Stream
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_tokenizer
@@ -17,9 +18,9 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Samples
 from bigbatch.recipes.next_word.config import NextWordConfig
 from bigbatch.recipes.next_word.data import NgramSamples, TextSamples
-from bigbatch.recipes.next_word.ngram import KneserNey, distribution
+from bigbatch.recipes.next_word.ngram import KneserNey
 from bigbatch.recipes.next_word.recurrent import RecurrentLanguageModel
-from bigbatch.recipes.next_word.tables import Tables, discounts_by_formula, open_tables, prepare_tables
+from bigbatch.recipes.next_word.tables import open_tables, prepare_tables
 
 MOST_WORDS = 1000  # of a text to predict behind: no state remembers more
 

@@ -23,6 +23,7 @@ from bigbatch.recipes.core.data.dialogues import SGD_COLUMNS, sgd_rows
 from bigbatch.recipes.core.data.manifest import hash_of
 from bigbatch.recipes.core.data.questions import SLOT_COLUMNS, SQUAD_COLUMNS, slot_rows, squad_rows
 from bigbatch.recipes.core.data.sources import (
+    AUDIO_FORMATS,
     IMAGE_FORMATS,
     Source,
     SourceFile,
@@ -30,10 +31,10 @@ from bigbatch.recipes.core.data.sources import (
     first_line,
     hugging_face_files,
     identify,
-    identify_images,
-    image_parts,
+    identify_parts,
     list_files,
     load_hugging_face,
+    parts_of,
 )
 from bigbatch.recipes.core.data.stdlib_text import (
     DIALOGUE_COLUMNS,
@@ -103,8 +104,8 @@ def hash_file(file: SourceFile) -> str:
     paths, now = [Path(archive_and_member(file.path)[0])], None
     if file.format == "hf":
         paths, now = hugging_face_files(file.path, file.path)
-    elif file.format in IMAGE_FORMATS:
-        paths, now = [path for path in image_parts(file) if path.is_file()], identify_images(file, file.path).identity
+    elif file.format in (*IMAGE_FORMATS, *AUDIO_FORMATS):
+        paths, now = [path for path in parts_of(file) if path.is_file()], identify_parts(file, file.path).identity
     elif paths[0].exists():
         now = identify(file.path, file.path)
     if now != file.identity:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigbatch.recipes.core.config import ImageSource, TableSource
+from bigbatch.recipes.core.config import AudioSource, ImageSource, TableSource
 from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
@@ -32,7 +32,11 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".
 LABEL_EXTENSIONS = (".csv", ".tsv", ".jsonl")
 SHAPES = "python:shapes"
 
-Source = str | TableSource | ImageSource
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64")
+AUDIO_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+TONES = "python:tones"
+
+Source = str | TableSource | ImageSource | AudioSource
 
 
 class SourceFile(NamedTuple):
@@ -43,9 +47,9 @@ class SourceFile(NamedTuple):
     size_bytes: int
     modified_ns: int
     format: str
-    """One of TableSource.format, `hf`, a kind of PYTHON, or one of IMAGE_FORMATS."""
+    """One of TableSource.format, IMAGE_FORMATS or AUDIO_FORMATS, `hf`, or a kind of PYTHON."""
     table: Any
-    """The TableSource that names it; of images the ImageSource."""
+    """The TableSource that names it; of images the ImageSource, of recordings the AudioSource."""
 
     @property
     def identity(self) -> tuple[str, int, int]:
@@ -57,7 +61,7 @@ def list_files(sources: Sequence[Source], where: str = "data.train") -> list[Sou
     """Find the files that the sources name, folders and globs sorted; `where` is the JSON path for messages."""
     files = []
     for position, source in enumerate(sources):
-        find = _image_files if isinstance(source, ImageSource) else _files_of
+        find: Any = _FINDERS.get(type(source), _files_of)
         files += find(as_table(source), f"{where}[{position}]")
     return files
 
@@ -70,8 +74,8 @@ def local_files(source: Source) -> list[Path]:
     table = as_table(source)
     if not is_local(source):
         return []
-    if isinstance(table, ImageSource):
-        return [path for file in _image_files(table, table.path) for path in image_parts(file) if path.is_file()]
+    if find := _FINDERS.get(type(table)):
+        return [path for file in find(table, table.path) for path in parts_of(file) if path.is_file()]
     path = locate(archive_and_member(table.path)[0])
     if path.is_dir():
         found = [item for item in path.rglob("*") if item.is_file() and (table.format or format_of(item.name))]
@@ -85,7 +89,7 @@ def is_local(source: Source) -> bool:
 
 
 def as_table(source: Source) -> Any:
-    """Return the TableSource or ImageSource that a source is, or a plain string stands for."""
+    """Return the TableSource, ImageSource or AudioSource that a source is, or a plain string stands for."""
     return TableSource(path=source) if isinstance(source, str) else source
 
 
@@ -232,6 +236,8 @@ def _has_rows(*tables: Any) -> bool:
     The first row that every `take_every` takes is their least common multiple; what is left out there is left out of
     all its multiples.
     """
+    if isinstance(tables[0], AudioSource):
+        return len({table.pattern for table in tables}) == 1  # of two patterns reading the file tells
     if isinstance(tables[0], ImageSource):
         return max(table.start for table in tables) < min(table.stop or math.inf for table in tables)
     first = math.lcm(*(table.take_every or 1 for table in tables))
@@ -305,14 +311,16 @@ def _image_files(source: ImageSource, where: str) -> list[SourceFile]:
         raise UserError(f"{where}.stop", f"is {source.stop}; right is more than start ({source.start})")
     if source.labels and found[0][0] not in ("idx", "image_list"):
         raise UserError(f"{where}.labels", f"has no effect on {source.path}, which has labels itself; remove it")
-    return [identify_images(SourceFile(name, 0, 0, form, source), where) for form, name in found]
+    return [identify_parts(SourceFile(name, 0, 0, form, source), where) for form, name in found]
 
 
-def image_parts(file: SourceFile) -> list[Path]:
-    """Return the files and folders of which a source of images consists."""
+def parts_of(file: SourceFile) -> list[Path]:
+    """Return the files and folders of which a source of images or recordings consists."""
     path = Path(file.path)
-    if file.format == "shapes":
+    if file.format in ("shapes", "tones"):
         return []
+    if file.format == "audio_folder":
+        return [path, *recordings_below(path)]
     if file.format == "hf_images":
         return hugging_face_files(file.path, file.path)[0]
     if file.format == "image_folder":
@@ -322,12 +330,12 @@ def image_parts(file: SourceFile) -> list[Path]:
     return [path, idx_labels(file.table)] if file.format == "idx" else [path]
 
 
-def identify_images(file: SourceFile, where: str) -> SourceFile:
+def identify_parts(file: SourceFile, where: str) -> SourceFile:
     """Return the source with the size of all its parts and the time of the newest."""
     if file.format == "hf_images":
         _, size_bytes, modified_ns = hugging_face_files(file.path, where)[1]
         return file._replace(size_bytes=size_bytes, modified_ns=modified_ns)
-    facts = [path.stat() for path in image_parts(file)]
+    facts = [path.stat() for path in parts_of(file)]
     size_bytes = sum(fact.st_size for fact in facts)
     return file._replace(size_bytes=size_bytes, modified_ns=max((fact.st_mtime_ns for fact in facts), default=0))
 
@@ -341,7 +349,11 @@ def idx_labels(source: ImageSource) -> Path:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found = [item for item in folder.rglob("*") if _is_image(item)]
+    return _shown(folder, [item for item in folder.rglob("*") if _is_image(item)])
+
+
+def _shown(folder: Path, found: list[Path]) -> list[Path]:
+    """Return what does not lie in a hidden place, sorted."""
     return sorted(item for item in found if not any(part[0] == "." for part in item.relative_to(folder).parts))
 
 
@@ -352,3 +364,49 @@ def _is_image(path: Path) -> bool:
 def first_line(error: BaseException) -> str:
     """Return what an error says, in one line."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+# -------------------------------------------------------------------------------------------------------- recordings
+
+AUDIO_FORMATS = ("audio_list", "audio_folder", "audio_archive", "tones")
+"""A manifest, whose recordings may change unnoticed; a folder; an archive; and what is made here."""
+
+
+def _audio_files(source: AudioSource, where: str) -> list[SourceFile]:
+    path, name = locate(source.path), source.path.lower()
+    if source.path == TONES:
+        form = "tones"
+    elif path.is_dir():
+        form = "audio_folder"
+        if not any(map(is_recording, recordings_below(path))):
+            raise UserError(where, f"the folder {path} holds no recording ({', '.join(AUDIO_EXTENSIONS)})")
+    elif not path.is_file():
+        raise UserError(where, f"{source.path!r} is no file or folder here, nor in $BIGBATCH_DATA")
+    elif name.endswith(AUDIO_ARCHIVES):
+        form = "audio_archive"
+    elif path.suffix.lower() in LABEL_EXTENSIONS:
+        form = "audio_list"
+    else:
+        kinds = f"a manifest ({', '.join(LABEL_EXTENSIONS)}), a folder or an archive ({', '.join(AUDIO_ARCHIVES)})"
+        raise UserError(where, f"{path} is none of what is read here: {kinds}")
+    if source.pattern and form not in ("audio_folder", "audio_archive"):
+        raise UserError(f"{where}.pattern", f"has no effect on {source.path}, which has texts itself; remove it")
+    try:
+        re.compile(source.pattern or "")
+    except re.error as error:
+        raise UserError(f"{where}.pattern", f"{source.pattern!r} is no regular expression: {error}") from None
+    file = SourceFile(TONES if form == "tones" else str(path.absolute()), 0, 0, form, source)
+    return [identify_parts(file, where)]
+
+
+def recordings_below(folder: Path) -> list[Path]:
+    """Return the recordings below a folder, and the texts that may belong to them."""
+    return _shown(folder, [item for item in folder.rglob("*") if is_recording(item) or item.suffix == ".txt"])
+
+
+def is_recording(path: Path) -> bool:
+    """Tell by its name whether a file is a recording."""
+    return path.suffix.lower() in AUDIO_EXTENSIONS
+
+
+_FINDERS: dict[type, Any] = {ImageSource: _image_files, AudioSource: _audio_files}

@@ -1,5 +1,6 @@
 """Sections that describe the native models. No torch import."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -239,6 +240,58 @@ class Seq2SeqSection(Section):
     def inner_size(self) -> int:
         """Width of the feed-forward layer, the default filled in."""
         return self.feed_forward_size or 4 * self.hidden_size
+
+
+class ConvolutionSection(Section):
+    """A convolution over frames and mel bands, odd many of each."""
+
+    channels: PositiveInt
+    frames: PositiveInt = 5
+    bands: PositiveInt = 5
+    frame_stride: PositiveInt = 1
+    band_stride: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _has_a_middle(self) -> Self:
+        if not (self.frames % 2 and self.bands % 2):
+            raise ValueError(f"frames {self.frames} and bands {self.bands} have to be odd")
+        return self
+
+
+class SpeechSection(Section):
+    """Log-mel features, convolutions and recurrent layers, as in Deep Speech 2 (https://arxiv.org/abs/1512.02595)."""
+
+    window_seconds: PositiveFloat = 0.025
+    hop_seconds: PositiveFloat = 0.01
+    """From one frame to the next."""
+    num_mels: PositiveInt = 40
+    """Mel bands between `lowest_hertz` and half of the sample rate."""
+    lowest_hertz: NonNegativeFloat = 20.0
+    convolutions: tuple[ConvolutionSection, ...] = (
+        ConvolutionSection(channels=16, frame_stride=2, band_stride=2),
+        ConvolutionSection(channels=16, band_stride=2),
+    )
+    """Their frame strides together say how many frames become one."""
+    cell: Literal["lstm", "gru"] = "lstm"
+    num_layers: PositiveInt = 2
+    hidden_size: PositiveInt = 128
+    """Of each direction."""
+    bidirectional: bool = True
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Between the recurrent layers, and behind the last."""
+
+    @property
+    def frame_stride(self) -> int:
+        """Frames of features that become one of the output."""
+        return math.prod(convolution.frame_stride for convolution in self.convolutions)
+
+    @property
+    def recurrent_inputs(self) -> int:
+        """Numbers that the convolutions leave of a frame."""
+        bands = self.num_mels
+        for convolution in self.convolutions:
+            bands = -(-bands // convolution.band_stride)
+        return bands * (self.convolutions[-1].channels if self.convolutions else 1)
 
 
 def padded_vocabulary(

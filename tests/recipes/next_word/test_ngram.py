@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from bigbatch.recipes.core.data import ngrams as module
+from bigbatch.recipes.core.data.ngrams import count_ngrams, discounts_by_formula, distribution
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.next_word import recipe
-from bigbatch.recipes.next_word import tables as module
 from bigbatch.recipes.next_word.config import NextWordConfig
 from bigbatch.recipes.next_word.data import look_up
-from bigbatch.recipes.next_word.ngram import KneserNey, distribution
-from bigbatch.recipes.next_word.tables import count_ngrams, discounts_by_formula, open_tables
+from bigbatch.recipes.next_word.ngram import KneserNey
+from bigbatch.recipes.next_word.tables import open_tables
 
 ROOT = Path(__file__).parents[3]
 END, SIZE, ORDER = 0, 9, 3

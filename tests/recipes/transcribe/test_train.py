@@ -1,0 +1,175 @@
+"""Speech to text under every plan: against the golden losses, and itself resumed, in chunks and under a beam.
+
+BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/transcribe.json anew; say in the change why the losses differ.
+"""
+
+import json
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from bigbatch.recipes.core import checkpoint
+from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
+from bigbatch.recipes.core.data.sampler import Order
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.transcribe import recipe
+from bigbatch.recipes.transcribe.config import TranscribeConfig
+from bigbatch.recipes.transcribe.decoding import Language, best_path
+from bigbatch.tools.convert import convert
+from bigbatch.tools.predict import main as predict
+
+STEPS = 5
+STAGES, RANKS = (0, 1, 2, 3), (1, 2)
+AUGMENT = {"speeds": [0.9, 1.1], "gain_decibels": 6.0, "time_masks": 1, "band_masks": 1, "band_mask_width": 3}
+
+
+@pytest.fixture(scope="module")
+def trained(run_program, make_document, tmp_path_factory):
+    """Train every document under all its plans in one start; return the folder that holds the runs."""
+    out = tmp_path_factory.mktemp("transcribe")
+    plans = []
+
+    def add(name, document, *its_plans):
+        (out / f"{name}.json").write_text(json.dumps(document))
+        plans.extend((name, *plan) for plan in its_plans)
+
+    add("plain", make_document(out), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
+    hard = {"augment": AUGMENT, "data": {"concatenate": {"most": 3}}, "model": {"cell": "lstm", "num_layers": 2}}
+    hard["model"]["dropout"] = 0.1
+    add("resumed", make_document(out, **hard), (2, 3, 2))
+    add("resumed_whole", make_document(out, **hard), (2, 3, None))
+    settings = {"schedule": {"total_steps": 70}, "evaluate": {"every_steps": 70}, "data": {"concatenate": {"most": 2}}}
+    add("learning", make_document(out, **settings, decode={"beam_size": 4, "ngram_order": 2}), (2, 1, None))
+    (out / "plans.json").write_text(json.dumps(plans))
+    run_program("train_documents.py", out)
+    return out
+
+
+def rows(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
+    found = rows(out / f"{name}_{ranks}_{stage}", "train")
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in found]
+
+
+def opened(run_dir: Path) -> tuple[TranscribeConfig, recipe.DataSplits, recipe.Transcriber]:
+    """Open a run's data and its newest model."""
+    config = TranscribeConfig.model_validate_json((run_dir / "run.json").read_text())
+    data = recipe.open_data(config)
+    model = recipe.build_model(config, data.facts, initialize=False)
+    checkpoint.load_weights(run_dir, model)
+    return config, data, model.eval()
+
+
+@pytest.fixture(scope="module")
+def golden(trained, kept_golden):
+    """Return the losses that are kept; write them first when asked to."""
+    return kept_golden("transcribe", lambda: {"plain": losses(trained, "plain", 1, 0)})["plain"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_five_steps_give_the_golden_losses_under_every_plan(trained, golden, ranks, stage):
+    manifest = Reader(checkpoint_dir(trained / f"plain_{ranks}_{stage}", STEPS)).manifest
+    assert (manifest["ranks"], manifest["zero_stage"]) == (ranks, stage)
+    assert losses(trained, "plain", ranks, stage) == pytest.approx(golden, rel=1e-4)
+    assert len(set(golden)) == STEPS
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained):
+    whole = losses(trained, "resumed_whole", 2, 3)
+    assert losses(trained, "resumed", 2, 3) == whole
+    assert len(set(whole)) == STEPS
+
+
+def test_figures_of_two_ranks_are_jiwers_of_each_utterance_once(trained):
+    config, data, model = opened(trained / "learning_2_1")
+    ids = np.arange(data.validation.num_samples)
+    assert len(ids) == 18  # not a multiple of two ranks' batches
+    texts, found = [], []
+    for number in ids:
+        batch = data.validation.batch(ids[number : number + 1], np.zeros(1, np.int64))
+        with torch.no_grad():
+            logarithms, _ = model(**{name: torch.from_numpy(batch[name]) for name in ("samples", "lengths")})
+        found.append(model.text(best_path(logarithms[0].argmax(-1).tolist())))
+        texts.append(model.text(batch["units"][0].tolist()))
+    (row,) = rows(trained / "learning_2_1", "evaluation")
+    assert row["word_error_rate"] == pytest.approx(jiwer.wer(texts, found))
+    assert row["character_error_rate"] == pytest.approx(jiwer.cer(texts, found))
+    assert row["sentence_error_rate"] == pytest.approx(np.mean([a != b for a, b in zip(texts, found, strict=True)]))
+    assert row["character_error_rate"] < 0.3
+    beam = recipe.generated_figures(config, data.facts, model, data.validation)
+    assert beam["beam_word_error_rate"] <= row["word_error_rate"] + 0.05
+    assert recipe.figures(config, data.facts, _arrays(texts, found), thorough=True)["details"]["utterances"] == 18
+
+
+def _arrays(texts, found):
+    return dict(zip(("words", "characters"), recipe.edits(texts, found), strict=True))
+
+
+def test_error_rates_are_shares_of_what_was_said():
+    words, characters = recipe.edits(["one two", "three"], ["one to two", "tree"])
+    assert words.tolist() == [[2, 0, 0, 1], [0, 1, 0, 0]]
+    assert characters.sum(0).tolist() == [11, 0, 1, 3]
+    found = recipe.error_rates(words, characters)
+    assert found == {"word_error_rate": 2 / 3, "character_error_rate": 4 / 12, "sentence_error_rate": 1.0}
+
+
+def test_the_ngram_model_knows_what_samples_are_like(trained):
+    _, data, _ = opened(trained / "learning_2_1")
+    language = Language(data.train, 2)
+    ids = np.arange(data.train.num_samples)
+    texts = [text.tolist() for text in data.train.texts(Order(ids, 0 * ids))]
+    begins = np.bincount([text[0] for text in texts], minlength=len(data.train.alphabet) + 1) / len(texts)
+    found = np.exp(language.logarithms(()))
+    assert found.sum() == pytest.approx(1.0)
+    np.testing.assert_allclose(found, begins, atol=0.03)  # smoothed
+
+
+def test_predict_hears_files_in_chunks_as_in_one(trained, tmp_path, capsys, monkeypatch):
+    run_dir = trained / "learning_2_1"
+    config, data, model = opened(run_dir)
+    recordings = sorted((trained / "letters").glob("*.wav"))[:12]
+    long = np.concatenate([soundfile.read(path, dtype="int16")[0] for path in recordings])
+    soundfile.write(tmp_path / "long.flac", long, 4000)
+    soundfile.write(tmp_path / "click.wav", long[:10], 4000)
+    texts = []
+    for chunk, context in ((100.0, 1.0), (0.5, 0.5)):
+        decode = config.decode.model_copy(update={"chunk_seconds": chunk, "context_seconds": context})
+        predictor = recipe.predictor(config.model_copy(update={"decode": decode}), data.facts, model)
+        (answer,) = predictor([str(tmp_path / "long.flac")])
+        assert answer["seconds"] == pytest.approx(len(long) / 4000, abs=1e-3)
+        texts.append(answer["transcript"])
+    expected = "".join(path.stem.partition("_")[2] for path in recordings)
+    assert len(expected) > 15
+    assert jiwer.cer(texts[0], texts[1]) < 0.1
+    monkeypatch.chdir(tmp_path)
+    assert predict([str(run_dir), "long.flac", "click.wav", "--format", "jsonl"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == {"text": "long.flac", "transcript": texts[0], "seconds": answer["seconds"]}
+    assert second["transcript"] == ""
+    predict([str(run_dir), str(tmp_path / "long.flac"), "--format", "table"])
+    assert capsys.readouterr().out.startswith(texts[0][:20])
+
+
+def test_a_file_that_is_no_recording_is_told_with_its_name(trained, tmp_path, capsys):
+    (tmp_path / "text.wav").write_text("no recording")
+    with pytest.raises(UserError, match=r"TEXT 1: .*text.wav cannot be read as a recording"):
+        predict([str(trained / "learning_2_1"), str(tmp_path / "text.wav")])
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'gone.wav'}\n")
+    assert predict([str(trained / "learning_2_1"), "--file", str(tmp_path / "list.txt"), "--format", "jsonl"]) == 0
+    assert json.loads(capsys.readouterr().out)["error"] == f"there is no file {tmp_path / 'gone.wav'}"
+
+
+def test_convert_says_that_transformers_has_no_such_class(trained, tmp_path):
+    with pytest.raises(UserError, match=r"model: is convolutions and a recurrent network \(gru\) with CTC, for which"):
+        convert(trained / "learning_2_1", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
