@@ -394,6 +394,7 @@ VERBS = {
 # verb -> (module whose main(arguments) owns the flags, summary)
 TOOLS = {
     "generate": ("generate", "Generate text with a model."),
+    "chat": ("chat", "Talk with a model in the terminal."),
     "predict": ("predict", "Tell of which kind texts are: label and probability."),
     "checkpoint": ("inspect", "List (ls), verify, compare (diff) or remove (gc) checkpoints."),
     "convert": ("convert", "Turn a run's checkpoint into a Hugging Face folder, compared before it counts as done."),

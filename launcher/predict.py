@@ -116,9 +116,12 @@ class Start(NamedTuple):
     """The family, where it is not one of ours."""
 
 
-def look_at_start(path: Path) -> Start:
-    """Look at a run folder, a checkpoint or a Hugging Face folder; raise UserError for one that has no encoder."""
-    where = "model.initialize_from"
+def look_at_start(path: Path, is_decoder: bool = False) -> Start:
+    """Look at a run folder, a checkpoint or a Hugging Face folder; raise UserError for one that has no encoder.
+
+    Or, where one is asked for, no decoder.
+    """
+    where, what = "model.initialize_from", "a decoder" if is_decoder else "an encoder"
     checkpoints = sorted(path.glob("checkpoints/step_*/manifest.json"))
     if (path / "config.json").is_file():
         config = _read_object(path / "config.json", where)
@@ -127,12 +130,15 @@ def look_at_start(path: Path) -> Start:
         return Start(_stored_parameters(path, where), *lengths, None if family == "bert" else str(family))
     if not checkpoints and not (path / "manifest.json").is_file():
         found = "holds no finished checkpoint" if path.is_dir() else "is not there"
-        advice = "give a run or checkpoint of an encoder, or a folder that transformers has saved"
+        advice = f"give a run or checkpoint of {what}, or a folder that transformers has saved"
         raise UserError(where, f"{path} {found}; {advice}")
     manifest = _read_object(checkpoints[-1] if checkpoints else path / "manifest.json", where)
     tensors, facts, run = (manifest.get(key) or {} for key in ("tensors", "facts", "run"))
-    if not any(name.startswith(("encoder.", "backbone.encoder.")) for name in tensors):
-        raise UserError(where, f"{path} is a model of the recipe {run.get('recipe')!r}, which has no encoder")
+    has_encoder = any(name.startswith(("encoder.", "backbone.encoder.")) for name in tensors)
+    if not ("family" in run.get("model", {}) if is_decoder else has_encoder):
+        raise UserError(
+            where, f"{path} is a model of the recipe {run.get('recipe')!r}, which has no {what.rsplit(maxsplit=1)[-1]}"
+        )
     shape = facts.get("encoder") or run["model"]
     parameters = sum(math.prod(tensor["shape"]) for tensor in tensors.values())
     return Start(parameters, shape.get("max_positions"), shape.get("num_layers"), None)

@@ -221,13 +221,13 @@ def _model_files(config: Any) -> Iterator[Finding]:
     data: Any = getattr(config, "data", None)
     model: Any = getattr(config, "model", None)
     folder = getattr(model, "initialize_from", None)
-    is_classifier = hasattr(model, "backbone")
-    if hasattr(data, "tokenizer") and not (is_classifier and folder):
+    brings_all = hasattr(model, "backbone") or config.start_brings_tokenizer
+    if hasattr(data, "tokenizer") and not (brings_all and folder):
         try:
             vocabulary_size(data.tokenizer)
         except UserError as error:
             yield Finding("tokenizer", "error", error.where, error.message)
-    if folder is not None and is_classifier:
+    if folder is not None and brings_all:
         yield from _start(config)
     elif folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
         advice = "give a folder that transformers has saved"
@@ -235,12 +235,14 @@ def _model_files(config: Any) -> Iterator[Finding]:
 
 
 def _start(config: Any) -> Iterator[Finding]:
-    """Compare a classifier's settings with the model that it starts from."""
+    """Compare settings with the model that is started from."""
     model, folder = config.model, config.model.initialize_from
     try:
-        start = look_at_start(Path(folder).expanduser())
+        start = look_at_start(Path(folder).expanduser(), is_decoder=config.start_brings_tokenizer)
     except UserError as error:
         yield Finding("weights", "error", error.where, error.message)
+        return
+    if config.start_brings_tokenizer:  # its shape is compared when it is read
         return
     length = config.data.sequence_length
     if start.max_positions and length > start.max_positions:
@@ -383,8 +385,9 @@ def parameters_of(config: Any) -> Parameters | None:
         return Parameters(count_vision_parameters(model, data.image_size, data.num_channels, labels), labels > 0)
     if not hasattr(data, "tokenizer"):
         return None
-    if hasattr(model, "backbone") and getattr(model, "initialize_from", None):
-        return Parameters(look_at_start(Path(model.initialize_from).expanduser()).parameters, False)
+    if (hasattr(model, "backbone") or config.start_brings_tokenizer) and getattr(model, "initialize_from", None):
+        start = look_at_start(Path(model.initialize_from).expanduser(), is_decoder=config.start_brings_tokenizer)
+        return Parameters(start.parameters, False)
     labels = len(getattr(data, "labels", ())) or getattr(config, "num_outputs", 0)
     labels = labels or 2 * (getattr(config, "sentence_task", "none") != "none")
     is_exact = data.tokenizer.kind not in ("character", "word") and (labels > 0 or not hasattr(model, "backbone"))

@@ -89,9 +89,10 @@ def _encoder_is_one(config: RunConfig) -> Iterator[Problem]:
 
 
 def _starts_from_another(config: Any) -> bool:
-    """Tell whether tokenizer and shape come from elsewhere."""
+    """Tell whether the tokenizer comes from elsewhere."""
     model = getattr(config, "model", None)
-    return hasattr(model, "backbone") and getattr(model, "initialize_from", None) is not None
+    brings_all = hasattr(model, "backbone") or config.start_brings_tokenizer
+    return brings_all and getattr(model, "initialize_from", None) is not None
 
 
 def _heads_are_even(config: RunConfig) -> Iterator[Problem]:

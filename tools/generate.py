@@ -15,18 +15,9 @@ from bigbatch.recipes.core.run_home import enter_home
 def main(argv: list[str]) -> int:
     """Run the verb `generate`."""
     arguments = _parser().parse_args(argv)
-    import torch
-
-    from bigbatch.recipes.core.generate import load_model
-
-    path = enter_home(arguments.model)
-    loaded = load_model(path)
-    text_model = _open_tokenizer(loaded, path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = arguments.dtype or ("bf16" if device == "cuda" else "fp32")
-    model = loaded.model.to(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    loaded, text_model = open_model(arguments.model, arguments.dtype)
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt or [""]]
-    run(model, text_model, prompts, _sampling(arguments, loaded.document, text_model), as_json=arguments.json)
+    run(loaded.model, text_model, prompts, sampling_of(arguments, loaded.document, text_model), arguments.json)
     return EXIT_DONE
 
 
@@ -35,6 +26,21 @@ class TextModel(NamedTuple):
 
     tokenizer: Any  # tokenizers.Tokenizer
     stop_tokens: tuple[int, ...]
+
+
+def open_model(folder: Path, dtype: str | None) -> tuple[Any, TextModel]:
+    """Open what `generate.load_model` does, on the GPU where there is one, and its tokenizer."""
+    import torch
+
+    from bigbatch.recipes.core.generate import load_model
+
+    path = enter_home(folder)
+    loaded = load_model(path)
+    text_model = _open_tokenizer(loaded, path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype or ("bf16" if device == "cuda" else "fp32")
+    loaded.model.to(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    return loaded, text_model
 
 
 def run(model: Any, text_model: TextModel, prompts: list[str], sampling: Any, as_json: bool) -> None:
@@ -156,14 +162,15 @@ def _named_end(path: Path) -> str:
     return (name["content"] if isinstance(name, dict) else name) or ""
 
 
-def _sampling(arguments: argparse.Namespace, document: dict[str, Any], text_model: TextModel) -> Any:
+def sampling_of(arguments: argparse.Namespace, document: dict[str, Any], text_model: TextModel) -> Any:
     """Take what the command line says, else the run document's `sample`, else the defaults."""
     from bigbatch.recipes.core.generate import Sampling
 
     given = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     asked = {name: value for name, value in given.items() if value is not None}
     trained = {name: value for name, value in document.get("sample", {}).items() if name in given}
-    rest = {"seed": arguments.seed, "num_samples": arguments.num_samples, "stop_tokens": text_model.stop_tokens}
+    rest = {"seed": arguments.seed, "stop_tokens": text_model.stop_tokens}
+    rest |= {"num_samples": arguments.num_samples} if "num_samples" in arguments else {}
     return Sampling(**(trained | asked | rest))
 
 
@@ -171,17 +178,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bigbatch generate", description="Generate text with a model.")
     parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
     parser.add_argument("--prompt", action="append", help="text to go on with; - reads standard input; repeatable")
+    add_sampling_flags(parser)
+    parser.add_argument("--num-samples", type=_number(int, 1), default=1, help="continuations of each prompt (1)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
+    return parser
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says how tokens are chosen, and in which number format."""
     parser.add_argument("--max-new-tokens", type=_number(int, 1), help="stop after this many tokens (100)")
     parser.add_argument("--temperature", type=_number(float, 0), help="0 is greedy (0.8)")
     parser.add_argument("--top-k", type=_number(int, 0), help="choose among the likeliest this many; 0 is all (50)")
     parser.add_argument(
         "--top-p", type=_number(float, 0, 1), help="choose among the likeliest with this probability (1)"
     )
-    parser.add_argument("--num-samples", type=_number(int, 1), default=1, help="continuations of each prompt (1)")
     parser.add_argument("--seed", type=_number(int, 0), default=0, help="the same seed gives the same text (0)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="by default bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
-    return parser
 
 
 def _number(kind: type, least: float, most: float = float("inf")) -> Any:

@@ -339,6 +339,8 @@ class RunConfig(Section):
 
     axes: ClassVar[tuple[str, ...]] = ()
     """Keys of `parallel` that the recipe's model can be divided along, beside the data ranks."""
+    start_brings_tokenizer: ClassVar[bool] = False
+    """A decoder's `model.initialize_from` may be a run, and its tokenizer is the one that counts."""
 
     version: Literal[1]
     recipe: str

@@ -91,11 +91,11 @@ def load_start(path: Path, encoder: Encoder, pooler: Pooler | None, vocabulary_s
     prefix = _prefix(reader) or ""
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
-            parameter.copy_(_read(reader, prefix + name, parameter.shape))
+            parameter.copy_(read_tensor(reader, prefix + name, parameter.shape))
         theirs = prefix.removesuffix("encoder.") + "pooler."
         if pooler and any(tensor.startswith(theirs) for tensor in reader.tensors):
             for name, parameter in pooler.named_parameters():
-                parameter.copy_(_read(reader, theirs + name, parameter.shape))
+                parameter.copy_(read_tensor(reader, theirs + name, parameter.shape))
 
 
 def start_encoder(
@@ -137,7 +137,8 @@ def read_head(path: Path, theirs: str) -> dict[str, torch.Tensor]:
     return {name: read(f"{prefix}.{name}") for name in ("weight", "bias") if f"{prefix}.{name}" in there}
 
 
-def _read(reader: Reader, name: str, shape: torch.Size) -> torch.Tensor:
+def read_tensor(reader: Reader, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Read a tensor of a checkpoint; raise UserError where it is missing or has another shape."""
     if name not in reader.tensors:
         raise UserError(WHERE, f"{reader.folder} has no tensor {name!r} that the model needs")
     tensor = reader.read(name)

@@ -93,7 +93,7 @@ def make_tokenizer(
 def load_tokenizer(folder: Path) -> TextTokenizer:
     """Open a folder that `make_tokenizer` has written."""
     path = folder / TOKENIZER_FILE
-    return _described(_open_file(path, str(path)), _read_settings(folder), path)
+    return _described(_open_file(path, str(path)), read_settings(folder), path)
 
 
 def load_given_tokenizer(folder: Path) -> TextTokenizer:
@@ -342,9 +342,7 @@ def _open_given(section: TokenizerSection) -> tuple[tokenizers.Tokenizer, dict[s
     tokenizer = _open_file(path, "data.tokenizer.path")
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    settings = _read_settings(path.parent) if path.name == TOKENIZER_FILE else {}
-    if (template := path.with_name(TEMPLATE_FILE)).is_file():
-        settings["chat_template"] = template.read_text("utf-8")
+    settings = read_settings(path.parent) if path.name == TOKENIZER_FILE else {}
     named = token_name(settings, "eos_token") or token_name(settings, "sep_token")
     names = [named] if named else END_OF_TEXT_NAMES
     known = [name for name in names if tokenizer.token_to_id(name) is not None]
@@ -366,6 +364,8 @@ def token_name(settings: dict[str, Any], key: str) -> str:
     return named["content"] if isinstance(named, dict) else named
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / SETTINGS_FILE
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what a folder's tokenizer_config.json says, with the chat template that stands in a file of its own."""
+    path, template = folder / SETTINGS_FILE, folder / TEMPLATE_FILE
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return settings | ({"chat_template": template.read_text("utf-8")} if template.is_file() else {})

@@ -505,18 +505,18 @@ def section_from_hugging_face(config: dict[str, Any]) -> DecoderSection:
     return section
 
 
-def load_hugging_face(model: Decoder, folder: Path) -> None:
-    """Fill a model with the weights of a folder, safetensors only; raise UserError if it is of another model."""
+def load_hugging_face(model: Decoder, folder: Path, vocabulary_size: int | None = None) -> WeightFolder:
+    """Fill a model with the weights of a folder, safetensors only, and return them.
+
+    Raises UserError if it is of another model. Where `vocabulary_size`, the folder's own, is given, the model may have
+    more tokens, whose weights are then 0.
+    """
     config = read_json(folder / "config.json")
-    found, section = section_from_hugging_face(config), model.section
-    keys = ["family", "num_layers", "hidden_size", "num_heads", "key_value_heads", "inner_size", "max_positions"]
-    keys += ["tie_embeddings", "norm_epsilon"] + ["rope_theta"] * (section.family == "llama")
-    keys += ["num_experts", *["experts_per_token", "expert_interval"] * (section.num_experts > 1)]
-    for key in keys:
-        ours, theirs = getattr(section, key), getattr(found, key)
-        if ours != theirs:
-            raise UserError(f"model.{_KEYS.get(key, key)}", f"{ours}, but the model in {folder} has {theirs}")
-    if padded_vocabulary(config["vocab_size"], section) != padded_vocabulary(model.vocabulary_size, section):
+    section = model.section
+    check_shape(section, section_from_hugging_face(config), folder)
+    if vocabulary_size is None and (
+        padded_vocabulary(config["vocab_size"], section) != padded_vocabulary(model.vocabulary_size, section)
+    ):
         message = f"the model has {model.vocabulary_size} tokens, the one in {folder} {config['vocab_size']}"
         raise UserError("model.initialize_from", message)
     weights = WeightFolder(folder)
@@ -526,6 +526,18 @@ def load_hugging_face(model: Decoder, folder: Path) -> None:
         ".lm_head.weight",
     ) * section.tie_embeddings
     load_pieces(model, hugging_face_tensors(section, config["vocab_size"]), weights, derived)
+    return weights
+
+
+def check_shape(section: DecoderSection, found: DecoderSection, folder: Path) -> None:
+    """Raise UserError where the model found in a folder is of another shape than a section says."""
+    keys = ["family", "num_layers", "hidden_size", "num_heads", "key_value_heads", "inner_size", "max_positions"]
+    keys += ["tie_embeddings", "norm_epsilon"] + ["rope_theta"] * (section.family == "llama")
+    keys += ["num_experts", *["experts_per_token", "expert_interval"] * (section.num_experts > 1)]
+    for key in keys:
+        ours, theirs = getattr(section, key), getattr(found, key)
+        if ours != theirs:
+            raise UserError(f"model.{_KEYS.get(key, key)}", f"{ours}, but the model in {folder} has {theirs}")
 
 
 _FIELDS = {
