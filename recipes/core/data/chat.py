@@ -104,7 +104,7 @@ def open_chat(folder: Path) -> Chat:
     except jinja2.TemplateError as error:
         raise UserError(str(folder), f"its chat template cannot be read: {one_line(str(error))}") from None
     names = {key: token_name(settings, key) for key in ("bos_token", "unk_token", "pad_token")}
-    names["eos_token"] = tokenizer.tokenizer.id_to_token(tokenizer.end_of_text)
+    names["eos_token"] = tokenizer.tokenizer.id_to_token(tokenizer.end_of_text) or ""
     added = tokenizer.tokenizer.get_added_tokens_decoder().values()
     return Chat(tokenizer, compiled, names, tuple(token.content for token in added if token.special))
 
