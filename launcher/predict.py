@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 from bigbatch.recipes.core.config import OptimizerSection, TokenizerSection
 from bigbatch.recipes.core.data.sources import locate
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection, VisionSection, padded_vocabulary
+from bigbatch.recipes.core.models.config import (
+    DecoderSection,
+    EncoderSection,
+    SpeechSection,
+    VisionSection,
+    padded_vocabulary,
+)
 
 ASSUMED_CHARACTERS, ASSUMED_WORDS = 256, 30_000  # how many different ones a text has is not known before it is read
 
@@ -77,6 +83,21 @@ def count_vision_parameters(model: VisionSection, image_size: int, num_channels:
     hidden, tokens = model.hidden_size, (image_size // model.patch_size) ** 2
     outer = num_channels * model.patch_size**2 + 1 + tokens + 2 * (model.pooling == "class") + 2
     return outer * hidden + model.num_layers * _layer(hidden, model.blocks.inner_size) + (hidden + 1) * num_labels
+
+
+def count_speech_parameters(model: SpeechSection, num_units: int) -> int:
+    """Count the parameters of a model of speech, whose alphabet has so many units."""
+    total, channels, bands = 0, 1, model.num_mels
+    for layer in model.convolutions:
+        bands = -(-bands // layer.band_stride)
+        total += layer.channels * (channels * layer.frames * layer.bands + 1 + 2 * bands)
+        channels = layer.channels
+    gates, directions = 4 if model.cell == "lstm" else 3, 1 + model.bidirectional
+    inputs, width = model.recurrent_inputs, directions * model.hidden_size
+    for _ in range(model.num_layers):
+        total += directions * gates * model.hidden_size * (inputs + model.hidden_size + 2)
+        inputs = width
+    return total + 2 * width + (width + 1) * (num_units + 1)
 
 
 def expert_parameters(model: DecoderSection) -> int:

@@ -20,6 +20,7 @@ from bigbatch.launcher.predict import (
     checkpoint_bytes,
     count_active_parameters,
     count_parameters,
+    count_speech_parameters,
     count_vision_parameters,
     look_at_start,
     vocabulary_size,
@@ -37,10 +38,11 @@ from bigbatch.recipes.core.data.sources import (
 )
 from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
-from bigbatch.recipes.core.models.config import VisionSection
+from bigbatch.recipes.core.models.config import SpeechSection, VisionSection
 
 DOCUMENTS = ("parquet", "squad", "slots", "sgd", *IMAGE_FORMATS, *AUDIO_FORMATS)  # whose rows are not lines
 SPLITS = ("train", "validation", "test")
+ASSUMED_UNITS = 28  # of an alphabet that the transcripts will tell
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly
 COUNTED_BYTES = 2**26  # rows of more are not counted: that would be seconds
 HEAD_BYTES = 2**20
@@ -383,6 +385,9 @@ def parameters_of(config: Any) -> Parameters | None:
     if isinstance(model, VisionSection):
         labels = len(data.labels)
         return Parameters(count_vision_parameters(model, data.image_size, data.num_channels, labels), labels > 0)
+    if isinstance(model, SpeechSection):
+        units = data.alphabet if data.unit == "character" else (data.alphabet or "").split()
+        return Parameters(count_speech_parameters(model, len(set(units or ())) or ASSUMED_UNITS), bool(units))
     if not hasattr(data, "tokenizer"):
         return None
     if (hasattr(model, "backbone") or config.start_brings_tokenizer) and getattr(model, "initialize_from", None):

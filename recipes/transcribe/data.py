@@ -100,7 +100,7 @@ class SpeechSamples:
     """A split as `Samples`."""
 
     def __init__(self, folder: Path, split: str, config: TranscribeConfig) -> None:
-        """Map the split into memory; a recording that is too short for its transcript is refused, or left out."""
+        """Map the split into memory; a recording that is too short for its transcript is refused, or in `counts`."""
         self.examples, self.recordings = Examples(folder, split), Examples(folder, RECORDINGS)
         self.config, self.alphabet = config, self.examples.facts["alphabet"]
         self.augment = config.augment if split == TRAIN else AugmentSection()
@@ -108,6 +108,7 @@ class SpeechSamples:
         self.places, self.lengths = (self.examples.numbers(name) for name in ("recording", "num_samples"))
         space = [self.alphabet.index(" ") + 1] if config.data.concatenate and config.data.unit == "character" else []
         self.space = np.array(space, np.int32)
+        self.counts: Counter[str] = Counter()
         self.kept = self._long_enough()
         self.num_samples = len(self.kept)
         if not self.num_samples:
@@ -184,7 +185,7 @@ class SpeechSamples:
 
     def _long_enough(self) -> np.ndarray:
         """Return the rows whose recordings, played at the highest speed, have a frame for all that CTC has to place."""
-        frame, data, counts = self.config.frame_samples, self.config.data, Counter[str]()
+        frame, data = self.config.frame_samples, self.config.data
         frames = (self.lengths * float(min(map(speed_ratio, self.augment.speeds)))).astype(np.int64) // frame
         units = self.examples.lists("units", np.arange(self.examples.num_rows))
         needed = np.array([frames_needed(one) for one in units]) + (data.concatenate is not None)  # for what joins two
@@ -193,9 +194,7 @@ class SpeechSamples:
             found = f"has {frames[row]} frames, and CTC needs {needed[row]} for {shown(text)}"
             hint = "right is a longer recording, or lower frame_stride, model.hop_seconds or augment.speeds"
             (origin,) = self.examples.texts(ORIGIN, np.array([row]))
-            leave_out(data, counts, "too short for their transcripts", origin, f"{found}; {hint}")
-        if counts:
-            print(f"left out: {shown_counts(counts)}", file=sys.stderr, flush=True)
+            leave_out(data, self.counts, "too_short_for_their_transcripts", origin, f"{found}; {hint}")
         return np.flatnonzero(frames >= needed)
 
     def _fingerprint(self, split: str) -> str:

@@ -1,5 +1,6 @@
 """Write down what is said in recordings."""
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import soundfile
 import torch
 from torch import nn
 
-from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, shown_counts
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.speech import SpeechModel, count_operations, ctc_loss
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
@@ -29,8 +30,10 @@ GENERATED_AT_ONCE = 8
 def prepare(config: TranscribeConfig) -> Path:
     """Read the recordings and bring them into one form."""
     folder = data.prepare(config.data)
-    for split in SPLITS:  # one that is too short for this model is told now
-        data.open_split(folder, split, config)
+    for split in SPLITS:  # which recordings are too short follows from the model
+        samples = data.open_split(folder, split, config)
+        if samples and samples.counts:
+            print(f"left out of {split}: {shown_counts(samples.counts)}", file=sys.stderr, flush=True)
     return folder
 
 

@@ -1,9 +1,12 @@
 """Recordings from sources of every kind, bad ones among them, and what becomes of them in a sample."""
 
 import json
+import os
+import re
 import tarfile
 import zipfile
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +15,12 @@ import soundfile
 from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.transcribe import data as speech
+from bigbatch.recipes.transcribe import recipe
 from bigbatch.recipes.transcribe.audio import read_chunks, resampled
 from bigbatch.recipes.transcribe.config import TranscribeConfig
 from bigbatch.recipes.transcribe.tones import make_tones
 
+ROOT = Path(__file__).parents[3]
 RATE = 4000
 
 
@@ -112,8 +117,10 @@ def test_a_recording_that_cannot_be_taken_is_told_with_its_line_or_counted(tmp_p
     assert message in caught.value.message
     assert "data.on_error 'skip' leaves such rows out" in caught.value.message
     capsys.readouterr()
-    assert opened(config_of(document, data={**changes, "on_error": "skip"})).num_samples == 1
-    assert f"left out: 1 {kind}" in capsys.readouterr().err
+    skipping = config_of(document, data={**changes, "on_error": "skip"})
+    recipe.prepare(skipping)
+    assert recipe.open_data(skipping).train.num_samples == 1
+    assert re.search(f"left out.*: 1 {kind}\n", capsys.readouterr().err)
 
 
 def test_a_cut_off_file_is_unreadable(tmp_path, document):
@@ -252,3 +259,26 @@ def test_the_phrases_made_here_are_always_the_same():
     for (text, samples), (again, _), _ in zip(make_tones(), make_tones(), range(20), strict=False):
         assert text == again
         assert 0.03 * len(text) * 8000 < len(samples) < 0.09 * len(text) * 8000
+
+
+def test_the_spoken_digits_are_split_by_their_numbers(tmp_path, monkeypatch):
+    data = Path(os.environ.get("BIGBATCH_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (data / "fsdd").is_dir():
+        pytest.skip(f"NO REAL DATA: {data / 'fsdd'} does not exist; set BIGBATCH_TEST_DATA")
+    monkeypatch.setenv("BIGBATCH_DATA", str(data))
+    config = config_of(json.loads((ROOT / "ds_configs/transcribe/fsdd.v1.json").read_text()))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": str(tmp_path)})})
+    recipe.prepare(config)
+    splits = recipe.open_data(config)
+    assert [split.num_samples for split in (splits.train, splits.validation, splits.test)] == [1620, 180, 200]
+    assert "".join(splits.facts["alphabet"]) == " efghinorstuvwxz"
+    origins = splits.test.examples.table["origin"].to_pylist()
+    assert all(re.search(r"/[0-9]_[a-z]+_[0-4]\.wav$", origin) for origin in origins)
+    ids = np.arange(200)
+    texts = [
+        speech.as_text(units.tolist(), splits.facts["alphabet"], "character")
+        for units in splits.test.texts(Order(ids, 0 * ids))
+    ]
+    words = [len(text.split()) for text in texts]
+    assert (min(words), max(words)) == (1, 7)
+    assert set(" ".join(texts).split()) == set(config.data.test[0].words.values())

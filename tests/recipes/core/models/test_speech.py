@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import audio_utils
 
+from bigbatch.launcher.predict import count_speech_parameters
 from bigbatch.recipes.core.models.config import ConvolutionSection, SpeechSection
 from bigbatch.recipes.core.models.speech import LogMel, SpeechModel, count_operations, ctc_loss, mel_bands
 
@@ -96,6 +97,13 @@ def test_masks_hide_their_stretches_and_nothing_else():
     expected[3:7] = 0
     expected[:, 8:] = 0
     assert torch.equal(masked, expected)
+
+
+@pytest.mark.parametrize("change", [{}, {"cell": "lstm", "bidirectional": False}, {"convolutions": ()}])
+def test_the_launcher_counts_the_parameters(change):
+    section = TINY.model_copy(update=change)
+    model = SpeechModel(section, 8000, 5)
+    assert count_speech_parameters(section, 5) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_operations_are_counted_by_weight_and_place():
