@@ -67,6 +67,8 @@ def gather(resolved: Resolved, folder: Path) -> dict[str, Any]:
         path = _path_of(source)
         if is_local(path):
             moved[path] = _copy_source(path, local_files(_table(settings, path)), folder)
+            if target := _target_of(source):
+                moved[target] = _copy_source(target, (), folder)  # copied just now
         elif path.startswith(HUGGING_FACE) and (found is None or found.stale):
             raise UserError("data.train", f"{path} is taken from what is prepared; run `bigbatch prepare` first")
     for path in filter(None, (data.get("tokenizer", {}).get("path"), start)):
@@ -91,6 +93,11 @@ def _table(settings: Any, path: str) -> Any:
 
 def _path_of(source: Any) -> str:
     return source if isinstance(source, str) else source["path"]
+
+
+def _target_of(source: Any) -> str | None:
+    """Return the second file of a parallel source."""
+    return None if isinstance(source, str) else source.get("target")
 
 
 def _copy_source(path: str, files: Sequence[Path], folder: Path) -> str:
@@ -143,6 +150,8 @@ def _led_to_copies(data: dict[str, Any], moved: dict[str, str]) -> dict[str, Any
         for number, source in enumerate(led.get(split, ())):
             new = moved.get(_path_of(source), _path_of(source))
             led[split][number] = new if isinstance(source, str) else {**source, "path": new}
+            if target := _target_of(source):
+                led[split][number]["target"] = moved.get(target, target)
     path = led.get("tokenizer", {}).get("path")
     for old, new in moved.items():  # of a start the tokenizer is a folder in it
         if path and (path == old or path.startswith(old.rstrip("/") + "/")):

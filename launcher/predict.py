@@ -12,12 +12,16 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import (
     DecoderSection,
     EncoderSection,
+    Seq2SeqSection,
     SpeechSection,
     VisionSection,
     padded_vocabulary,
 )
 
 ASSUMED_CHARACTERS, ASSUMED_WORDS = 256, 30_000  # how many different ones a text has is not known before it is read
+
+NATIVE = ("bert", "marian", "bart", "mbart")
+SEQ2SEQ_POSITION_OFFSET = 2  # of recipes/core/models/seq2seq.py, which needs torch
 
 OUTER_BYTES = 8
 """A parameter's, of ranks that train alone (recipes/core/local_sgd.py): that of the last meeting, and momentum."""
@@ -32,6 +36,8 @@ def count_parameters(model: Any, vocabulary_size: int, num_labels: int = 0) -> i
     if getattr(model, "kind", None) == "rnn":
         widths = [model.embedding_size, *(model.num_layers - 1) * [model.hidden_size], model.embedding_size]
         return (widths[0] + 1) * vocabulary_size + _recurrent(model.cell, widths)
+    if getattr(model, "backbone", None) == "seq2seq":
+        return _seq2seq(model.shape, vocabulary_size, model.head == "quality")
     if hasattr(model, "backbone"):
         backbone, features = _backbone(model, vocabulary_size)
         return backbone + (features + 1) * num_labels
@@ -58,6 +64,19 @@ def _backbone(model: Any, vocabulary_size: int) -> tuple[int, int]:
     inputs = [size] + [directions * model.hidden_size] * (model.num_layers - 1)
     layers = sum(directions * gates * model.hidden_size * (width + model.hidden_size + 2) for width in inputs)
     return embeddings + layers, directions * model.hidden_size
+
+
+def _seq2seq(model: Seq2SeqSection, vocabulary_size: int, judges: bool) -> int:
+    hidden, rows = model.hidden_size, padded_vocabulary(vocabulary_size, model)
+    layer, source_attention = _layer(hidden, model.inner_size), 4 * hidden * hidden + 6 * hidden
+    layers = model.num_encoder_layers * layer + model.num_decoder_layers * (layer + source_attention)
+    outer = (hidden + 1) * rows
+    if model.family != "marian":  # positions and the embedding's norm on both sides
+        outer += 2 * hidden * (model.max_positions + SEQ2SEQ_POSITION_OFFSET + 2)
+    if model.family == "mbart":  # the last norms
+        outer += 4 * hidden
+    judging = (2 * hidden + 1) * hidden + hidden + hidden + 2 if judges else 0
+    return outer + layers + judging
 
 
 def _recurrent(cell: str, widths: list[int]) -> int:
@@ -148,7 +167,7 @@ def look_at_start(path: Path, is_decoder: bool = False) -> Start:
         config = _read_object(path / "config.json", where)
         family = config.get("model_type")
         lengths = (config.get("max_position_embeddings"), config.get("num_hidden_layers"))
-        return Start(_stored_parameters(path, where), *lengths, None if family == "bert" else str(family))
+        return Start(_stored_parameters(path, where), *lengths, None if family in NATIVE else str(family))
     if not checkpoints and not (path / "manifest.json").is_file():
         found = "holds no finished checkpoint" if path.is_dir() else "is not there"
         advice = f"give a run or checkpoint of {what}, or a folder that transformers has saved"

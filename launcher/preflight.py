@@ -191,8 +191,8 @@ def _columns(file: SourceFile) -> list[str] | None:
     """Return the columns that a file's first line names; None where it takes more than a line to know."""
     if file.format in ("txt", "lines"):
         return list(re.compile(file.table.pattern or "(?P<text>)").groupindex)
-    if file.table.columns:
-        return list(file.table.columns)
+    if known := ("source", "target") if file.format == "parallel" else file.table.columns:
+        return list(known)
     if file.format in DOCUMENTS:
         return None
     try:
@@ -252,7 +252,11 @@ def _start(config: Any) -> Iterator[Finding]:
         yield Finding("weights", "error", "data.sequence_length", message)
     if start.foreign:
         yield from _foreign(model, start)
-    elif start.num_layers and model.freeze_layers + model.redraw_layers > start.num_layers:
+    elif (
+        hasattr(model, "freeze_layers")
+        and start.num_layers
+        and model.freeze_layers + model.redraw_layers > start.num_layers
+    ):
         asked = f"{model.freeze_layers} frozen and {model.redraw_layers} redrawn layers"
         message = f"{asked} are more than the {start.num_layers} of the model in {folder}"
         yield Finding(
@@ -355,7 +359,7 @@ def _numbers(config: Any, parameters: "Parameters") -> Iterator[Finding]:
         yield Finding("numbers", "info", "schedule.total_steps", message)
         samples, rows = (_corpus_tokens(data) or 0) / data.sequence_length, ""
     else:
-        samples = _corpus_rows(data) or 0
+        samples = 0 if getattr(data, "shares_rows", False) else _corpus_rows(data) or 0
         rows = f"{samples:,.0f} rows, "
     if samples:
         steps, epochs = max(1, int(samples / config.batch.global_size)), total / samples

@@ -36,7 +36,9 @@ SHARD_BYTES = 4 * 2**30
 RECORD_FILE = "conversion.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Of the inputs, ours and transformers'.
-NAMES = {"tokens": "input_ids", "segments": "token_type_ids", "pixels": "pixel_values"}
+NAMES = {"tokens": "input_ids", "written": "decoder_input_ids", "segments": "token_type_ids", "pixels": "pixel_values"}
+# In memory they name their layers otherwise than in files, or make tensors themselves.
+WHOLE = ("AutoModelForImageClassification", "AutoModelForSeq2SeqLM")
 PARITY_SAMPLES = 2
 PARITY_TOKENS = 512
 
@@ -153,8 +155,8 @@ def _transformers_model(folder: Path, auto_class: str) -> torch.nn.Module:
     import accelerate
     import transformers
 
-    if auto_class == "AutoModelForImageClassification":  # in memory it names its layers otherwise than in files
-        return transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    if auto_class in WHOLE:
+        return getattr(transformers, auto_class).from_pretrained(folder, dtype=torch.float32).eval()
     config = transformers.AutoConfig.from_pretrained(folder)
     with accelerate.init_empty_weights(include_buffers=False):
         model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32).eval()

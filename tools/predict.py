@@ -24,20 +24,22 @@ Predict = Callable[[list[Any]], list[dict[str, Any]]]
 Fields = tuple[str, ...]
 
 EPILOG = """Without TEXT and --file, or with -, texts are the lines of standard input; answers come as batches fill or
-the input pauses. A line is a JSON object: text, label and probability; with --top also labels, the likeliest and
-their probabilities; where a text may have any number of labels, labels alone, those that it has. A model that answers
+the input pauses. A line is a JSON object: text, label and probability; with --top also labels, the likeliest and their
+probabilities; where a text may have any number of labels, labels alone, those that it has. A model that answers
 questions takes QUESTION CONTEXT in turns, or a JSON object with both a line, or a file of such or in SQuAD's format; a
 line of its answers holds id (where given), question, answer, start and end (characters of the context; "" and null for
 no answer), probability, null_score (by how much no answer is better than the best), with --top also candidates. A model
 of the next word gives words, the likeliest behind the text. One that summarizes takes documents: texts, JSON objects
 with a document, a text or a list of sentences, or a file of such; it gives a summary, and where that is chosen from the
-document its sentences, each with place and score. A model of images or speech takes the paths of files
-for texts; one of speech gives transcript and seconds. An argument that cannot be taken, an empty one for example, ends
-the command with status 2; a line of a file or of standard input gets an answer with the key error instead, in its
-place, and the number of such lines is told at the end."""
+document its sentences, each with place and score. One that translates gives translation and score; one that judges
+translations takes SOURCE TRANSLATION in turns, or a JSON object with both, and gives quality. A model of images or
+speech takes the paths of files for texts; one of speech gives transcript and seconds. An argument that cannot be taken,
+an empty one for example, ends the command with status 2; a line of a file or of standard input gets an answer with the
+key error instead, in its place, and the number of such lines is told at the end."""
 PAUSE_SECONDS = 0.05
 BLOCK_BYTES = 2**16
 DIGITS = 6  # of a probability
+PLAIN = {"summary": "{}", "transcript": "{}", "translation": "{}", "quality": "{:.3f}"}  # what is shown as it is
 NEXT_WORDS = 5  # that are shown unless --top says how many
 MOST_OF_THE_WIDTH = 0.5  # that a table's answers may take
 
@@ -105,7 +107,8 @@ def open_predictor(path: Path, here: Path = Path()) -> tuple[Predict, Fields]:
     predict = recipe.predictor(config, facts, model.to(device).eval())
     if recipes.further(recipe, "READS_FILES"):
         return (lambda names: predict([str(here / Path(name).expanduser()) for name in names])), ()
-    return predict, recipes.further(recipe, "FIELDS") or ()
+    fields = recipes.further(recipe, "fields")
+    return predict, fields(config) if fields else recipes.further(recipe, "FIELDS") or ()
 
 
 class Output(NamedTuple):
@@ -317,10 +320,10 @@ def _told(item: Item, fields: Fields) -> dict[str, Any]:
 def _cell(one: dict[str, Any]) -> str:
     if "error" in one:
         return f"error: {one['error']}"
+    if name := next((name for name in PLAIN if name in one), None):
+        return PLAIN[name].format(one[name]) or "-"
     if "answer" in one:
         return f"{one['answer'] or '-'} {one['probability']:.1%}"
-    if "summary" in one or "transcript" in one:
-        return one.get("summary") or one.get("transcript") or "-"
     if "words" in one:
         return ", ".join(f"{item['word']!r} {item['probability']:.1%}" for item in one["words"])
     labels = one.get("labels", [one] if "label" in one else None)
@@ -334,7 +337,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    what = "Tell of which kind texts or images are, answer questions, sum up, go on with texts, or write down speech."
+    what = "Tell of which kind texts or images are, answer questions, sum up, translate, go on, or write down speech."
     parser = Parser(prog="bigbatch predict", description=what, epilog=EPILOG)
     parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
     texts = "a text, the path of an image or recording, or QUESTION CONTEXT in turns; - is standard input, a line each"

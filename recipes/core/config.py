@@ -83,6 +83,13 @@ class TableSource(Section):
     """Of each file, all rows but these."""
 
 
+class ParallelSource(TableSource):
+    """Two files of lines, also .gz, of which those with the same number belong together: columns `source`, `target`."""
+
+    target: str
+    """The file of the targets; `path` is that of the sources."""
+
+
 class SplitSection(Section):
     """How examples come into three splits, and what is done with those that are not as they should be."""
 

@@ -130,6 +130,10 @@ class Further(Protocol):
     FIELDS: tuple[str, ...]
     """What an input of `predictor` consists of, where it is not one text; the first names it in messages."""
 
+    def fields(self, config: Any) -> tuple[str, ...]:
+        """Return FIELDS where they depend on the configuration; () for one text."""
+        ...
+
     READS_FILES: bool
     """An input of `predictor` is the path of a file."""
 

@@ -38,6 +38,23 @@ def first_fit(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndar
     return rows, offsets
 
 
+def first_fit_pairs(lengths: np.ndarray, row_tokens: int, block_pairs: int = 4096) -> np.ndarray:
+    """Return the row [W] of each pair of texts, lengths [W, 2], where a row has `row_tokens` on either side.
+
+    As `first_fit`, of so many pairs at a time: all rows together would take a time that grows with their square.
+    """
+    rows, num_rows = np.zeros(len(lengths), np.int64), 0
+    for begin in range(0, len(lengths), block_pairs):
+        block = lengths[begin : begin + block_pairs]
+        room = np.full((len(block), 2), row_tokens, np.int64)
+        for number in np.argsort(-block.max(1), kind="stable").tolist():
+            row = int(np.argmax((room >= block[number]).all(1)))
+            rows[begin + number] = num_rows + row
+            room[row] -= block[number]
+        num_rows += int((room < row_tokens).any(1).sum())
+    return rows
+
+
 def truncated(tokens: np.ndarray, length: int) -> np.ndarray:
     """Cut a text to `length` tokens, the last special one kept."""
     return tokens if len(tokens) <= length else np.concatenate([tokens[: length - 1], tokens[-1:]])

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +22,7 @@ import xxhash
 
 from bigbatch.recipes.core.data.dialogues import SGD_COLUMNS, sgd_rows
 from bigbatch.recipes.core.data.manifest import hash_of
+from bigbatch.recipes.core.data.number_words import NUMBER_COLUMNS, number_pairs
 from bigbatch.recipes.core.data.questions import SLOT_COLUMNS, SQUAD_COLUMNS, slot_rows, squad_rows
 from bigbatch.recipes.core.data.sources import (
     AUDIO_FORMATS,
@@ -34,6 +36,7 @@ from bigbatch.recipes.core.data.sources import (
     identify_parts,
     list_files,
     load_hugging_face,
+    locate,
     parts_of,
 )
 from bigbatch.recipes.core.data.stdlib_text import (
@@ -52,6 +55,7 @@ TEXT_BLOCK_BYTES = 2**23  # a longer .txt file is cut at line ends into document
 LARGEST_FIELD_CHARACTERS = 2**24  # of a .csv file: an unclosed quote swallows no more than this
 ROWS_AT_ONCE = 256
 TEXT_COLUMN = "text"  # the only column of a file without columns
+PARALLEL_COLUMNS = ("source", "target")
 KIND_COLUMN = "kind"  # of a docstring
 
 Columns = Mapping[str, str]  # name of a column -> JSON path of the setting that asks for it, for messages
@@ -104,7 +108,7 @@ def hash_file(file: SourceFile) -> str:
     paths, now = [Path(archive_and_member(file.path)[0])], None
     if file.format == "hf":
         paths, now = hugging_face_files(file.path, file.path)
-    elif file.format in (*IMAGE_FORMATS, *AUDIO_FORMATS):
+    elif file.format in (*IMAGE_FORMATS, *AUDIO_FORMATS, "parallel", "numbers"):
         paths, now = [path for path in parts_of(file) if path.is_file()], identify_parts(file, file.path).identity
     elif paths[0].exists():
         now = identify(file.path, file.path)
@@ -157,6 +161,25 @@ def _read_lines(file: SourceFile, columns: Columns) -> Iterator[Row]:
             if found is None:
                 raise UserError(origin, f"is {shown(text)}, which the pattern {file.table.pattern!r} does not match")
             yield Row({name: found[name] for name in columns}, origin, fraction())
+
+
+def _read_parallel(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    """Yield pairs of lines; where one file is longer, None stands for the other's."""
+    _require(columns, PARALLEL_COLUMNS, file.path)
+    target = file._replace(path=str(locate(file.table.target)))
+    with _opened(file) as (stream, fraction), _opened(target) as (target_stream, _):
+        pairs = zip_longest(_lines(stream, file), _lines(target_stream, target), fillvalue=(0, None))
+        for number, lines in enumerate(pairs, 1):
+            texts = (None if line is None else line.removesuffix("\n").removesuffix("\r") for _, line in lines)
+            values: dict[str, str | None] = dict(zip(PARALLEL_COLUMNS, texts, strict=True))
+            longer = file.path if values["source"] is not None else target.path
+            yield Row({name: values[name] for name in columns}, f"{longer}:{number}", fraction())
+
+
+def _read_numbers(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    _require(columns, NUMBER_COLUMNS, file.path)
+    for number, values in enumerate(number_pairs(), 1):
+        yield Row({name: values[name] for name in columns}, f"{file.path}:{number}", 1.0)
 
 
 def _read_json_lines(file: SourceFile, columns: Columns) -> Iterator[Row]:
@@ -277,6 +300,8 @@ _DOCUMENTS = {
 _READERS: dict[str, Callable[[SourceFile, Columns], Iterator[Row]]] = {
     "txt": _read_text,
     "lines": _read_lines,
+    "parallel": _read_parallel,
+    "numbers": _read_numbers,
     "jsonl": _read_json_lines,
     "csv": _read_csv,
     "tsv": _read_csv,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigbatch.recipes.core.config import AudioSource, ImageSource, TableSource
+from bigbatch.recipes.core.config import AudioSource, ImageSource, ParallelSource, TableSource
 from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
@@ -30,7 +30,7 @@ _ARCHIVE_MEMBER = re.compile(r"(.+\.zip)!(.+)", re.IGNORECASE)
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LABEL_EXTENSIONS = (".csv", ".tsv", ".jsonl")
-SHAPES = "python:shapes"
+SHAPES, NUMBERS = "python:shapes", "python:numbers"
 
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64")
 AUDIO_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -47,7 +47,7 @@ class SourceFile(NamedTuple):
     size_bytes: int
     modified_ns: int
     format: str
-    """One of TableSource.format, IMAGE_FORMATS or AUDIO_FORMATS, `hf`, or a kind of PYTHON."""
+    """One of TableSource.format, IMAGE_FORMATS or AUDIO_FORMATS, `hf`, `parallel`, `numbers`, or a kind of PYTHON."""
     table: Any
     """The TableSource that names it; of images the ImageSource, of recordings the AudioSource."""
 
@@ -115,6 +115,9 @@ def locate(path: str) -> Path:
 
 
 def _files_of(table: TableSource, where: str) -> list[SourceFile]:
+    if table.path == NUMBERS:
+        _check_options(table, "numbers", where)
+        return [SourceFile(NUMBERS, 0, 0, "numbers", table)]
     if form := PYTHON.get(table.path):
         found = [SourceFile(*identify(str(path), where), form, table) for path in stdlib_files()]
         found = [file for file in found if file.size_bytes]
@@ -128,6 +131,16 @@ def _files_of(table: TableSource, where: str) -> list[SourceFile]:
         if file.size_bytes == 0:
             raise UserError(where, f"{file.path} is empty")
     return found
+
+
+def _parallel_files(source: ParallelSource, where: str) -> list[SourceFile]:
+    """Return the file of the sources, which stands for that of the targets too."""
+    for key in ("path", "target"):
+        if not locate(getattr(source, key)).is_file():
+            found = f"{getattr(source, key)!r} is no file here, nor in $BIGBATCH_DATA"
+            raise UserError(f"{where}.{key}", found)
+    _check_options(source, "parallel", where)
+    return [identify_parts(SourceFile(str(locate(source.path).absolute()), 0, 0, "parallel", source), where)]
 
 
 def _paths_of(table: TableSource, where: str) -> list[tuple[str, str]]:
@@ -201,6 +214,8 @@ _OPTIONS = {
     "squad": {"format", "encoding", *_ROW_OPTIONS},
     "slots": {"format", "encoding", *_ROW_OPTIONS},
     "sgd": {"format", "encoding", *_ROW_OPTIONS},
+    "parallel": {"target", "encoding", *_ROW_OPTIONS},
+    "numbers": _ROW_OPTIONS,
     "hf": _ROW_OPTIONS,
     "stdlib": {"constants"},
     "docstrings": _ROW_OPTIONS,
@@ -315,9 +330,9 @@ def _image_files(source: ImageSource, where: str) -> list[SourceFile]:
 
 
 def parts_of(file: SourceFile) -> list[Path]:
-    """Return the files and folders of which a source of images or recordings consists."""
+    """Return the files and folders of which a source of images, recordings or parallel files consists."""
     path = Path(file.path)
-    if file.format in ("shapes", "tones"):
+    if file.format in ("shapes", "tones", "numbers"):
         return []
     if file.format == "audio_folder":
         return [path, *recordings_below(path)]
@@ -327,7 +342,8 @@ def parts_of(file: SourceFile) -> list[Path]:
         return [path, *sorted(item for item in path.iterdir() if _is_image(item))]
     if file.format == "image_list":
         return [path, *_images_below(locate(file.table.path))]
-    return [path, idx_labels(file.table)] if file.format == "idx" else [path]
+    beside = {"idx": lambda: idx_labels(file.table), "parallel": lambda: locate(file.table.target)}
+    return [path, beside[file.format]()] if file.format in beside else [path]
 
 
 def identify_parts(file: SourceFile, where: str) -> SourceFile:
@@ -409,4 +425,8 @@ def is_recording(path: Path) -> bool:
     return path.suffix.lower() in AUDIO_EXTENSIONS
 
 
-_FINDERS: dict[type, Any] = {ImageSource: _image_files, AudioSource: _audio_files}
+_FINDERS: dict[type, Any] = {
+    ImageSource: _image_files,
+    AudioSource: _audio_files,
+    ParallelSource: _parallel_files,
+}

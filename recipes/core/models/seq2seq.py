@@ -62,7 +62,7 @@ class Seq2Seq(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,  # [B, S]
-        targets: torch.Tensor,  # [B, T], the decoder's input: it begins with the token that begins a target
+        written: torch.Tensor,  # [B, T], the target that the decoder reads, behind the token that begins it
         labels: torch.Tensor | None = None,  # [B, T], the token that follows each of them; -100 counts not
         documents: torch.Tensor | None = None,  # [B, S]
         target_documents: torch.Tensor | None = None,  # [B, T]
@@ -72,18 +72,18 @@ class Seq2Seq(nn.Module):
         With `documents` and `target_documents` tokens see only those of their own number, on both sides, and positions
         start anew with each number; a negative one is padding.
         """
-        return self.head(self.states(tokens, targets, documents, target_documents), labels, self._smoothing())
+        return self.head(self.states(tokens, written, documents, target_documents), labels, self._smoothing())
 
     def states(
         self,
         tokens: torch.Tensor,
-        targets: torch.Tensor,
+        written: torch.Tensor,
         documents: torch.Tensor | None = None,
         target_documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the decoder's last hidden states [B, T, D]; arguments as in `forward`."""
         source = self.encode(tokens, documents)
-        _check_length(targets, self.section, "target")
+        _check_length(written, self.section, "target")
         mask, source_mask = None, None
         if documents is not None:
             assert target_documents is not None
@@ -91,9 +91,9 @@ class Seq2Seq(nn.Module):
             is_padding = own < 0  # which sees all, so that no softmax is empty
             mask = attention_mask(((own == own.mT) | is_padding).tril(), source.dtype)
             source_mask = attention_mask((own == documents.unsqueeze(1)) | is_padding, source.dtype)
-        positions = count_positions(targets, target_documents)
+        positions = count_positions(written, target_documents)
         context = Context(mask, mask is None, source, source_mask)
-        return self.decoder(self.embed(targets), positions, context)
+        return self.decoder(self.embed(written), positions, context)
 
     def encode(self, tokens: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
         """Return the encoder's hidden states [B, S, D]."""

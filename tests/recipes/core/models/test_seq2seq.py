@@ -7,6 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from bigbatch.launcher.predict import count_parameters
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import Seq2SeqSection
 from bigbatch.recipes.core.models.seq2seq import (
@@ -16,6 +17,8 @@ from bigbatch.recipes.core.models.seq2seq import (
     load_hugging_face,
     section_from_hugging_face,
 )
+from bigbatch.recipes.translate.config import TranslateModelSection
+from bigbatch.recipes.translate.model import QualityModel
 
 VOCABULARY_SIZE = 101
 SHAPE = {"num_encoder_layers": 2, "num_decoder_layers": 3, "hidden_size": 32, "num_heads": 4, "feed_forward_size": 48}
@@ -118,6 +121,15 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_target(changes):
     cache = model.open_cache(sources, 8)
     steps = [model.decode(part, cache) for part in target.split([1, 3, 1, 1, 1, 1], 1)]
     torch.testing.assert_close(torch.cat(steps, 1), alone[:, [0, 3, 4, 5, 6, 7]], rtol=0, atol=1e-5)
+
+
+@all_families
+@pytest.mark.parametrize("head", ["translation", "quality"])
+def test_parameters_are_counted_as_they_are_built(changes, head):
+    model = Seq2Seq(section_of(changes), VOCABULARY_SIZE)
+    model = QualityModel(model, 0.0, 1.0) if head == "quality" else model
+    section = TranslateModelSection(head=head, shape=section_of(changes))
+    assert count_parameters(section, VOCABULARY_SIZE) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_smoothed_labels_and_recomputed_activations_are_for_training_alone():
