@@ -37,7 +37,7 @@ def count_parameters(model: Any, vocabulary_size: int, num_labels: int = 0) -> i
         widths = [model.embedding_size, *(model.num_layers - 1) * [model.hidden_size], model.embedding_size]
         return (widths[0] + 1) * vocabulary_size + _recurrent(model.cell, widths)
     if getattr(model, "backbone", None) == "seq2seq":
-        return _seq2seq(model.shape, vocabulary_size, model.head == "quality")
+        return _seq2seq(model.shape, vocabulary_size, getattr(model, "head", None) == "quality")
     if hasattr(model, "backbone"):
         backbone, features = _backbone(model, vocabulary_size)
         return backbone + (features + 1) * num_labels
@@ -54,7 +54,8 @@ def _backbone(model: Any, vocabulary_size: int) -> tuple[int, int]:
     if model.backbone == "encoder":
         hidden = model.encoder.hidden_size
         pooler = hidden * hidden + hidden if getattr(model, "pooling", None) == "first" else 0
-        return _encoder(model.encoder, vocabulary_size) + pooler, hidden
+        further = getattr(model, "sentence_layers", 0) * _layer(hidden, model.encoder.inner_size)
+        return _encoder(model.encoder, vocabulary_size) + pooler + further, hidden
     size = model.embedding_size
     embeddings = (vocabulary_size + model.bigram_buckets) * size
     if model.backbone == "attention":  # learned queries, and keys and values for them, behind the layers' norm

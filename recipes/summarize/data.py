@@ -3,10 +3,7 @@
 W windows of at most S sentences, each sentence [CLS] its tokens [SEP], lie in R rows of T tokens.
 """
 
-import hashlib
-import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -22,17 +19,13 @@ from bigbatch.recipes.core.data.clean import units
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
-    Examples,
     read_examples,
     record_batches,
     write_split,
 )
-from bigbatch.recipes.core.data.packing import lay_out
 from bigbatch.recipes.core.data.rows import read_rows, shown
-from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
-    SPLITS,
     TRAIN,
     check_splits,
     count_leaks,
@@ -44,16 +37,15 @@ from bigbatch.recipes.core.data.splits import (
     split_tokenizer,
     tell_left_out,
 )
-from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, load_tokenizer, make_tokenizer
+from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.summarize.config import SPECIAL_TOKENS, DocumentDataSection
+from bigbatch.recipes.summarize.config import DocumentDataSection
 from bigbatch.recipes.summarize.rouge import Rouge
 
 # What becomes of documents is decided when a split is opened, so these change nothing in the folder.
-NOT_CONTENT = {"sequence_length", "window_sentences", "packing"}
+NOT_CONTENT = {"sequence_length", "summary_tokens", "window_sentences", "packing"}
 ROWS_AT_ONCE = 256
 BETWEEN_SENTENCES, BETWEEN_REFERENCES = "\n", "\n\n"
-DROPOUT = 0  # stream of random numbers
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 SCHEMA = pyarrow.schema(
@@ -62,6 +54,8 @@ SCHEMA = pyarrow.schema(
         "references": pyarrow.string(),
         "lengths": pyarrow.list_(pyarrow.int32()),  # of each sentence's tokens, without special ones
         "tokens": pyarrow.list_(pyarrow.uint32()),
+        "summary_lengths": pyarrow.list_(pyarrow.int32()),  # of each reference's tokens, the special ones too
+        "summary_tokens": pyarrow.list_(pyarrow.uint32()),
         "oracle": pyarrow.list_(pyarrow.int32()),
         "worths": pyarrow.list_(pyarrow.float32()),
         ORIGIN: pyarrow.string(),
@@ -89,127 +83,19 @@ class DocumentRow(NamedTuple):
         return self.text.split(BETWEEN_SENTENCES)
 
 
-def prepare(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it.
+def prepare(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> tuple[Path, list[str]]:
+    """Make the prepared folder of these settings and sources, or find it; return also what to say that is not in it.
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
     section = split_tokenizer(data, tokenizer_folder)
     folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
-    _tell(folder, data)
-    return folder
+    return folder, tell_left_out(read_examples(folder).facts, data, "documents that stand")
 
 
 def prepared(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> Path:
     """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
     return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
-
-
-class DocumentSamples:
-    """A split as `Samples`: each window is one sample, so that a batch is as large whatever the documents' lengths."""
-
-    def __init__(
-        self, folder: Path, split: str, data: DocumentDataSection, token_dropout: float = 0.0, seed: int = 0
-    ) -> None:
-        """Map the split into memory."""
-        self.tokenizer = load_tokenizer(folder)
-        self.split, self.data, self.token_dropout, self.seed = SPLITS.index(split), data, token_dropout, seed
-        self.documents = Examples(folder, split)
-        everything = np.arange(self.documents.num_rows)
-        found = [cut_document(lengths, data) for lengths in self.documents.lists("lengths", everything)]
-        self.rows = np.repeat(everything, [len(cuts) for cuts in found])  # [num_samples] each
-        self.begins, self.ends = np.concatenate(found).T
-        lengths = self.documents.lengths("tokens") + SPECIAL_TOKENS * self.documents.lengths("lengths")
-        self.mean_tokens = float(lengths.sum() / len(self.rows))
-        self.num_samples = len(self.rows)
-        self.fingerprint = self._fingerprint()
-
-    def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the windows as `collate` does, and what is right: labels and worths [W, S] float32, 0 beyond.
-
-        rows [W] is the window's document, begins [W] its first sentence there, splits [W] the number of the split.
-        """
-        rows, begins, ends = (side[sample_ids] for side in (self.rows, self.begins, self.ends))
-        windows = [self._sentences(*window) for window in zip(rows.tolist(), begins, ends, strict=True)]
-        if self.token_dropout:
-            windows = self._drop(windows, Order(sample_ids, epochs))
-        batch = collate(windows, self.data, self.tokenizer)
-        labels, worths = (np.zeros(batch["places"].shape, np.float32) for _ in range(2))
-        oracles, values = self.documents.lists("oracle", rows), self.documents.lists("worths", rows)
-        for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-            labels[number, : end - begin] = np.isin(np.arange(begin, end), oracles[number])
-            worths[number, : end - begin] = values[number][begin:end]
-        targets = {"labels": labels, "worths": worths}
-        return batch | targets | {"rows": rows, "begins": begins, "splits": np.full(len(rows), self.split)}
-
-    def _sentences(self, row: int, begin: int, end: int) -> list[np.ndarray]:
-        (lengths,), (tokens,) = (self.documents.lists(name, np.array([row])) for name in ("lengths", "tokens"))
-        places = np.cumsum(np.append(0, lengths))
-        return [tokens[places[number] : places[number + 1]] for number in range(begin, end)]
-
-    def _drop(self, windows: list[list[np.ndarray]], order: Order) -> list[list[np.ndarray]]:
-        """Replace each token by the unknown one with a chance of `token_dropout`."""
-        most = max(sum(map(len, sentences)) for sentences in windows)
-        is_dropped = random_words(self.seed, order, DROPOUT, most) < np.uint64(self.token_dropout * 2.0**64)
-        unknown = np.uint32(self.tokenizer.unknown or 0)
-        found = []
-        for chosen, sentences in zip(is_dropped, windows, strict=True):
-            ends = np.cumsum([len(sentence) for sentence in sentences])
-            parts = zip(sentences, np.split(chosen[: ends[-1]], ends[:-1]), strict=True)
-            found.append([np.where(which, unknown, sentence) for sentence, which in parts])
-        return found
-
-    def _fingerprint(self) -> str:
-        section = self.data
-        content = [self.documents.fingerprint, section.sequence_length, section.window_sentences, section.packing]
-        content += [self.token_dropout, self.seed if self.token_dropout else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
-def open_split(
-    folder: Path, split: str, data: DocumentDataSection, token_dropout: float = 0.0, seed: int = 0
-) -> DocumentSamples | None:
-    """Open a split of a prepared folder; None where there is none of this name."""
-    if split not in read_examples(folder).splits:
-        return None
-    return DocumentSamples(folder, split, data, token_dropout, seed)
-
-
-def cut_document(lengths: np.ndarray, data: DocumentDataSection) -> list[tuple[int, int]]:
-    """Return each window's first sentence and the one behind its last, of sentences so many tokens long.
-
-    A window takes whole sentences as long as they fit; one that fits into none is cut when it is laid out.
-    """
-    windows, begin, room = [], 0, data.sequence_length
-    for number, length in enumerate(lengths.tolist()):
-        needed = min(length + SPECIAL_TOKENS, data.sequence_length)
-        if number > begin and (needed > room or number - begin == data.window_sentences):
-            windows.append((begin, number))
-            begin, room = number, data.sequence_length
-        room -= needed
-    return [*windows, (begin, len(lengths))]
-
-
-def collate(
-    windows: list[list[np.ndarray]], data: DocumentDataSection, tokenizer: TextTokenizer
-) -> dict[str, np.ndarray]:
-    """Lay windows, each the tokens of its sentences, out in rows as `lay_out` does.
-
-    segments [R, T] int64 is 1 in every second sentence of a window; places [W, S] int64 is where each sentence begins
-    in the flattened tokens, -1 beyond the last.
-    """
-    first, end = (np.array([token], np.uint32) for token in (tokenizer.begin_of_text, tokenizer.end_of_text))
-    room = data.sequence_length - SPECIAL_TOKENS
-    parts = [[np.concatenate([first, sentence[:room], end]) for sentence in sentences] for sentences in windows]
-    batch = lay_out([np.concatenate(window) for window in parts], data.sequence_length if data.packing else None)
-    segments = np.zeros(batch["tokens"].size, np.int64)
-    places = np.full((len(windows), max(map(len, windows))), -1, np.int64)
-    for number, (begin, window) in enumerate(zip(batch["firsts"], parts, strict=True)):
-        begins = begin + np.cumsum([0, *map(len, window)])
-        places[number, : len(window)] = begins[:-1]
-        for start, stop in zip(begins[1:-1:2], begins[2::2], strict=True):
-            segments[start:stop] = 1
-    return batch | {"segments": segments.reshape(batch["tokens"].shape), "places": places}
 
 
 def sentences_of(value: Any) -> list[str]:
@@ -252,10 +138,6 @@ def _build(
         raise UserError("data.train", f"no document is left to train on ({shown_counts(counts)})")
     check_splits(data, rows, counts)
     tokenizer = make_tokenizer(section, _training_texts(rows[TRAIN]), folder, knows_all=False)
-    if tokenizer.begin_of_text is None:
-        raise UserError(
-            "data.tokenizer", "has no token that begins a text; kind 'wordpiece' has, and so has BERT's own"
-        )
     written = {}
     for split, found in rows.items():
         if found:
@@ -301,31 +183,23 @@ def _records(
     """Yield the values of SCHEMA."""
     waiting = iter(rows)
     while some := list(islice(waiting, ROWS_AT_ONCE)):
-        encoded = iter(encode_sentences(tokenizer, [sentence for row in some for sentence in row.sentences]))
-        for row in some:
-            tokens = list(islice(encoded, len(row.sentences)))
+        encoded = iter(encode_sentences(tokenizer, [row.sentences for row in some]))
+        texts = [" ".join(text.split(BETWEEN_SENTENCES)) for row in some for text in row.references]
+        summaries = iter(encode_documents(tokenizer, texts))
+        for row, tokens in zip(some, encoded, strict=True):
             oracle, worths = rouge.label(row.sentences, row.references, oracle_sentences)
-            lengths = [len(sentence) for sentence in tokens]
-            references = BETWEEN_REFERENCES.join(row.references)
-            yield row.text, references, lengths, np.concatenate(tokens), oracle, worths, row.origin
+            written = list(islice(summaries, len(row.references)))
+            columns = (*_flat(tokens), *_flat(written), oracle, worths, row.origin)
+            yield row.text, BETWEEN_REFERENCES.join(row.references), *columns
 
 
-def encode_sentences(tokenizer: TextTokenizer, sentences: list[str]) -> list[np.ndarray]:
-    """Return each sentence's tokens without special ones."""
-    return [tokens[1:-1] for tokens in encode_documents(tokenizer, sentences)]
+def _flat(lists: list[np.ndarray]) -> tuple[list[int], np.ndarray]:
+    return [len(tokens) for tokens in lists], np.concatenate(lists)
 
 
-def _tell(folder: Path, data: DocumentDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
-    manifest = read_examples(folder)
-    lines = []
-    for split in (split for split in SPLITS if split in manifest.splits):
-        samples = DocumentSamples(folder, split, data)
-        lengths = samples.documents.table["lengths"].combine_chunks().flatten().to_numpy()
-        line = f"{split}: {samples.documents.num_rows:,} documents of {len(lengths):,} sentences; "
-        line += f"{samples.num_samples:,} windows of {data.sequence_length} tokens at most"
-        if long := int((lengths > data.sequence_length - SPECIAL_TOKENS).sum()):
-            line += f"; {long:,} sentences are longer, and cut"
-        lines.append(line)
-    lines += tell_left_out(manifest.facts, data, "documents that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+def encode_sentences(tokenizer: TextTokenizer, documents: list[list[str]]) -> list[list[np.ndarray]]:
+    """Return for each document its sentences' tokens, without special ones, as they are in its running text."""
+    spaced = [[" " * (place > 0) + text for place, text in enumerate(sentences)] for sentences in documents]
+    first = int(tokenizer.begin_of_text is not None)
+    encoded = iter(encode_documents(tokenizer, [text for sentences in spaced for text in sentences]))
+    return [[tokens[first:-1] for tokens in islice(encoded, len(sentences))] for sentences in spaced]

@@ -61,7 +61,8 @@ class SentenceModel(nn.Module):
 
 def build_model(config: SummarizeConfig, facts: dict[str, Any], initialize: bool) -> SentenceModel:
     """Build the model that the facts describe; its first weights come from where the document says."""
-    section, shape = config.model, EncoderSection.model_validate(facts["encoder"])
+    section: Any = config.model
+    shape = EncoderSection.model_validate(facts["encoder"])
     size, most = facts["vocabulary_size"], config.data.window_sentences
     model = SentenceModel(shape, size, section.sentence_layers, config.objective, most)
     start_encoder(model.encoder, None, section, size, initialize)

@@ -1,160 +1,116 @@
-"""Choose the sentences of a document that summarize it."""
+"""Summarize a document: choose sentences of it (extracting.py), or write (writing.py)."""
 
 import json
+import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from bigbatch.recipes.core.data.examples import Examples
-from bigbatch.recipes.core.data.splits import SPLITS
-from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_given_tokenizer
+from bigbatch.recipes.core.data.examples import read_examples
+from bigbatch.recipes.core.data.shards import IGNORED_LABEL
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
-from bigbatch.recipes.core.models.hugging_face import Piece, read_json
+from bigbatch.recipes.core.models.hugging_face import read_json
 from bigbatch.recipes.core.recipe import RECORD_FILE, Batch, DataSplits, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import WHERE, Start, find_start, starting_shape, starting_vocabulary
 from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
-from bigbatch.recipes.summarize import data
-from bigbatch.recipes.summarize.choosing import choose, lead, text_rank
+from bigbatch.recipes.summarize import data, extracting, writing
 from bigbatch.recipes.summarize.config import SummarizeConfig
-from bigbatch.recipes.summarize.model import INPUTS, THEIR_HEAD, sentence_loss
-from bigbatch.recipes.summarize.model import build_model as build
-from bigbatch.recipes.summarize.rouge import CONFIDENCE, KINDS, Rouge, Words, intervals
+from bigbatch.recipes.summarize.rouge import KINDS
 
 FIELDS = ("document",)
 """What an input of the predictor consists of."""
-WINDOWS_AT_ONCE = 64
-BOOTSTRAP_SAMPLES = 1000
 
 
 def prepare(config: SummarizeConfig) -> Path:
-    """Split and tokenize the documents, and label their best sentences."""
-    start = _start(config)
-    return data.prepare(config.data, start.tokenizer if start else None)
+    """Split and tokenize the documents, and label their best sentences; say on standard error what there is."""
+    start = _way(config).find(config)
+    folder, left_out = data.prepare(config.data, start.tokenizer if start else None)
+    splits, _ = _open(config, folder, start)
+    print("\n".join([f"{name}: {split.described()}" for name, split in splits.items()] + left_out), file=sys.stderr)
+    return folder
 
 
 def open_data(config: SummarizeConfig) -> DataSplits:
     """Map the prepared documents into memory."""
-    start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
-    train = data.DocumentSamples(folder, "train", config.data, config.objective.token_dropout, config.seed)
-    facts = {
-        "vocabulary_size": starting_vocabulary(folder, start),
-        "tokenizer": str(folder),
-        "end_of_text": train.tokenizer.end_of_text,
-        "encoder": starting_shape(config.model, start),
-        "tokens_per_sample": round(train.mean_tokens),
-        "train_samples": train.num_samples,
-    }
-    validation, test = (data.open_split(folder, split, config.data) for split in SPLITS[1:])
-    return DataSplits(train, validation, facts, test)
+    start = _way(config).find(config)
+    splits, facts = _open(config, data.prepared(config.data, start.tokenizer if start else None), start)
+    train, sides = splits[TRAIN], splits[TRAIN].mean_tokens
+    facts |= {"end_of_text": train.tokenizer.end_of_text, "train_samples": train.num_samples}
+    facts |= {"tokens_of_sides": sides, "tokens_per_sample": round(sum(sides))}
+    return DataSplits(train, splits.get(SPLITS[1]), facts, splits.get(SPLITS[2]))
 
 
 def build_model(config: SummarizeConfig, facts: dict[str, Any], initialize: bool = True) -> nn.Module:
-    """Build the encoder and its head."""
-    return build(config, facts, initialize)
+    """Build the encoder and its head, or the encoder-decoder."""
+    return _way(config).build(config, facts, initialize)
 
 
 def count_targets(batch: dict[str, np.ndarray]) -> int:
-    """Count the windows."""
-    return len(batch["places"])
+    """Count the windows, or the tokens to write."""
+    return int((batch["labels"] != IGNORED_LABEL).sum()) if "written" in batch else len(batch["places"])
 
 
-def loss(model: Any, batch: Batch) -> Loss:
-    """Sum the loss over the windows."""
-    return _loss(model, model(**{name: batch[name] for name in INPUTS}), batch)
+def loss(model: nn.Module, batch: Batch) -> Loss:
+    """Sum the loss over the windows, or over the tokens to write."""
+    return outputs(model, batch).loss
 
 
-def outputs(model: Any, batch: Batch) -> Outputs:
-    """Return the loss and the score of each sentence, minus infinity beyond the last."""
-    logits = model(**{name: batch[name] for name in INPUTS})
-    scores = logits.float().masked_fill(batch["places"] < 0, -torch.inf)
-    scores = F.pad(scores, (0, model.window_sentences - scores.shape[1]), value=-torch.inf)
-    arrays = {"scores": scores, **{name: batch[name] for name in ("splits", "rows", "begins")}}
-    return Outputs(_loss(model, logits, batch), arrays)
+def outputs(model: nn.Module, batch: Batch) -> Outputs:
+    """Return the loss, and of windows the score of each sentence."""
+    return (writing if "written" in batch else extracting).outputs(model, batch)
 
 
 def metrics(loss: float) -> dict[str, float]:
-    """Return nothing: the loss alone says little here."""
+    """Return nothing: what the loss is depends on the backbone."""
     return {}
 
 
 def figures(
     config: SummarizeConfig, facts: dict[str, Any], arrays: dict[str, np.ndarray], thorough: bool
 ) -> dict[str, Any]:
-    """Compare each document's best sentences with its summaries.
-
-    When thorough also those of two baselines, the first sentences and TextRank's, and of the oracle; with intervals.
-    """
-    documents = Examples(Path(facts["tokenizer"]), SPLITS[arrays["splits"][0]])
-    rows, firsts = np.unique(arrays["rows"], return_index=True)
-    scores = [window[window > -np.inf] for window in arrays["scores"]]
-    scores = [np.concatenate(scores[first:last]) for first, last in pairwise([*firsts.tolist(), len(scores)])]
-    oracles = documents.lists("oracle", rows)
-    rouge, section, found = Rouge(), config.summary, {}
-    named: dict[str, list[np.ndarray]] = {}
-    texts = zip(documents.texts("text", rows), documents.texts("references", rows), strict=True)
-    for number, (text, references) in enumerate(texts):
-        sentences = text.split(data.BETWEEN_SENTENCES)
-        choices = {"": _choose(sentences, scores[number], config, rouge.words)}
-        if thorough:
-            choices["lead_"] = lead(len(sentences), section.sentences)
-            choices["textrank_"] = text_rank(sentences, rouge.words, section.sentences)
-            choices["oracle_"] = oracles[number].tolist()
-        for name, chosen in choices.items():
-            summary = data.BETWEEN_SENTENCES.join(sentences[place] for place in chosen)
-            named.setdefault(name, []).append(rouge.score(summary, references.split(data.BETWEEN_REFERENCES)))
-    for name, values in named.items():
-        found |= {name + kind: float(mean) for kind, mean in zip(KINDS, np.mean(values, 0), strict=True)}
-    if thorough:
-        around = intervals(np.array(named[""]), BOOTSTRAP_SAMPLES)
-        found |= {"num_documents": len(rows), "details": {"intervals": around, "confidence": CONFIDENCE}}
-    return found
+    """Compare each document's best sentences with its summaries; when thorough also other ways to choose."""
+    return extracting.figures(config, facts, arrays, thorough)
 
 
 def figure_names(config: SummarizeConfig, facts: dict[str, Any]) -> list[str]:
-    """Name the figures of a validation split."""
-    return list(KINDS)
+    """Name the figures of a validation split while training; a seq2seq writes its summaries later."""
+    return list(KINDS) if config.model.backbone == "encoder" else []
+
+
+def generated_figures(config: SummarizeConfig, facts: dict[str, Any], model: nn.Module, samples: Any) -> dict[str, Any]:
+    """Write the summaries of a split and compare them with its own."""
+    return writing.figures(config, facts, model, samples) if config.model.backbone == "seq2seq" else {}
 
 
 def learning_rate_scales(config: SummarizeConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers learn more slowly (`model.layer_decay`)."""
-    if config.model.layer_decay == 1:
+    """Let lower layers of an encoder learn more slowly (`model.layer_decay`)."""
+    if config.model.backbone != "encoder" or config.model.layer_decay == 1:
         return {}
     return encoder_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
 
 
 def flops_per_sample(config: SummarizeConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
-    with torch.device("meta"):
-        model = build(config, facts, initialize=False)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(parameter.numel() for parameter in model.encoder.parameters() if id(parameter) not in tables)
-    return 6.0 * weights * facts["tokens_per_sample"]
+    """Count the operations of the weights that tokens meet."""
+    return _way(config).flops_per_sample(config, facts)
 
 
 def samples_of_text(config: SummarizeConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:
-    """Return nothing: the model writes no text."""
-    return []
+    """Return a few written summaries. Collective: every rank must call it."""
+    return writing.samples_of_text(config, model, facts) if config.model.backbone == "seq2seq" else []
 
 
 def predictor(
     config: SummarizeConfig, facts: dict[str, Any], model: nn.Module
 ) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Return a function from objects with a document to their summaries, {"summary", "sentences"}.
+    """Return a function from objects with a document, a text or a list of sentences, to their summaries.
 
-    A document is a text or a list of sentences. The sentences are those chosen, in their order, each with its place in
-    the document, counted from 0, and its score: its probability with a binary loss, its share with a listwise one.
+    An encoder's have the sentences too.
     """
-    tokenizer, words = load_given_tokenizer(Path(facts["tokenizer"])), Words()
-    model.eval()
+    summarize = _way(config).predictor(config, facts, model.eval())
 
     def predict(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
@@ -163,90 +119,42 @@ def predictor(
             raise UserError("document", str(error)) from None
         if not all(documents):
             raise UserError("document", "has no sentence: there is nothing to summarize")
-        found = zip(documents, _score(model, config, tokenizer, documents), strict=True)
-        return [_summary(sentences, scores, config, words) for sentences, scores in found]
+        return summarize(documents)
 
     return predict
 
 
 def hugging_face(config: SummarizeConfig, facts: dict[str, Any]) -> HuggingFaceExport:
-    """Name the model's tensors and settings as transformers' BertForTokenClassification does.
-
-    Its one label is the score of a sentence, at the [CLS] before it.
-    """
-    if config.model.sentence_layers:
-        found = (
-            f"is {config.model.sentence_layers}, for which transformers has no class; bigbatch predict takes the run"
-        )
-        raise UserError("model.sentence_layers", found)
-    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
-    tensors = encoder_tensors(section, size, "encoder.")
-    tensors |= {f"head.{kind}": [Piece(f"{THEIR_HEAD}.{kind}", 0, 1)] for kind in ("weight", "bias")}
-    settings = hugging_face_config(section, size, "BertForTokenClassification")
-    settings |= {"id2label": {"0": "summary"}, "label2id": {"summary": 0}}
-    return HuggingFaceExport(settings, tensors, auto_class="AutoModelForTokenClassification")
+    """Name the model's tensors and settings as transformers does."""
+    return _way(config).export(config, facts)
 
 
 def open_folder(folder: Path) -> tuple[SummarizeConfig, dict[str, Any], nn.Module]:
     """Open a Hugging Face folder that `bigbatch convert` has written, to predict with."""
-    start = _native(find_start(str(folder)))
     record = read_json(folder / RECORD_FILE)["run"]
+    backbone = record["model"]["backbone"]
+    head = {"keep_head": True} if backbone == "encoder" else {}
     document = {
         "version": 1,
-        "model": {"initialize_from": str(folder), "keep_head": True},
+        "model": {"backbone": backbone, "initialize_from": str(folder), **head},
         "batch": {"global_size": 1},
         "optimizer": {"learning_rate": 1.0},
         "schedule": {"total_steps": 1},
     }
-    document |= {key: record[key] for key in ("data", "objective", "summary")}
+    document |= {key: record[key] for key in ("data", "objective", "summary", "search")}
     config = SummarizeConfig.model_validate_json(json.dumps(document))
-    facts = {"vocabulary_size": start.vocabulary_size, "tokenizer": str(folder), "encoder": start.encoder}
-    return config, facts, build(config, facts, initialize=True).eval()
+    way = _way(config)
+    facts = {"tokenizer": str(folder), **way.starting_facts(config, folder, way.find(config))}
+    return config, facts, build_model(config, facts).eval()
 
 
-def _loss(model: Any, logits: torch.Tensor, batch: Batch) -> Loss:
-    places = batch["places"]
-    return Loss(sentence_loss(logits, places, batch["labels"], batch["worths"], model.objective), len(places))
+def _way(config: SummarizeConfig) -> ModuleType:
+    """Return the module that follows the backbone."""
+    return extracting if config.model.backbone == "encoder" else writing
 
 
-def _start(config: SummarizeConfig) -> Start | None:
-    return _native(find_start(config.model.initialize_from)) if config.model.initialize_from else None
-
-
-def _native(start: Start) -> Start:
-    if start.hugging_face:
-        raise UserError(WHERE, f"{start.path} is a {start.hugging_face.get('model_type')}; right is a BERT")
-    return start
-
-
-def _choose(sentences: list[str], scores: np.ndarray, config: SummarizeConfig, words: Words) -> list[int]:
-    section = config.summary
-    found = [words.tokenize(sentence) if section.block_trigrams else [] for sentence in sentences]
-    return choose(scores.tolist(), found, section.sentences, section.block_trigrams)
-
-
-def _score(
-    model: nn.Module, config: SummarizeConfig, tokenizer: TextTokenizer, documents: list[list[str]]
-) -> list[np.ndarray]:
-    """Return the logits of each document's sentences."""
-    device = next(model.parameters()).device
-    windows, scores, owners = [], [], []
-    for number, sentences in enumerate(documents):
-        tokens = data.encode_sentences(tokenizer, sentences)
-        cuts = data.cut_document(np.array(list(map(len, tokens))), config.data)
-        windows += [tokens[begin:end] for begin, end in cuts]
-        owners += [number] * len(sentences)
-    for begin in range(0, len(windows), WINDOWS_AT_ONCE):
-        batch = data.collate(windows[begin : begin + WINDOWS_AT_ONCE], config.data, tokenizer)
-        with torch.inference_mode():
-            logits = model(**{name: torch.from_numpy(batch[name]).to(device) for name in INPUTS})
-        scores.append(logits.float().cpu().numpy()[batch["places"] >= 0])
-    return np.split(np.concatenate(scores), np.cumsum(np.bincount(owners))[:-1])
-
-
-def _summary(sentences: list[str], scores: np.ndarray, config: SummarizeConfig, words: Words) -> dict[str, Any]:
-    logits = torch.from_numpy(scores)
-    shares = (logits.sigmoid() if config.objective.loss == "binary" else logits.softmax(0)).tolist()
-    chosen = _choose(sentences, scores, config, words)
-    listed = [{"place": place, "sentence": sentences[place], "score": round(shares[place], 6)} for place in chosen]
-    return {"summary": " ".join(sentences[place] for place in chosen), "sentences": listed}
+def _open(config: SummarizeConfig, folder: Path, start: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the splits of a prepared folder, and what is known of the model so far."""
+    way, there = _way(config), read_examples(folder).splits
+    facts = {"tokenizer": str(folder), **way.starting_facts(config, folder, start)}
+    return {split: way.open_split(config, facts, split) for split in SPLITS if split in there}, facts

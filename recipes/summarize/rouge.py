@@ -8,13 +8,14 @@ documents.
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-CONFIDENCE = 0.95
+CONFIDENCE, BOOTSTRAP_SAMPLES = 0.95, 1000
 
 
 class Words(Tokenizer):
@@ -60,6 +61,22 @@ class Rouge:
             best = value
             chosen.append(-number)
         return sorted(chosen), worths
+
+
+def told(named: dict[str, list[np.ndarray]], thorough: bool) -> dict[str, Any]:
+    """Return the means of figures [KINDS] of each document, by the prefix of their names.
+
+    When thorough also how many there are, and intervals of those without a prefix.
+    """
+    means = {name: np.mean(values, 0) for name, values in named.items()}
+    found: dict[str, Any] = {
+        name + kind: float(mean[i]) for name, mean in means.items() for i, kind in enumerate(KINDS)
+    }
+    if thorough:
+        values = np.array(named[""])
+        details = {"intervals": intervals(values, BOOTSTRAP_SAMPLES), "confidence": CONFIDENCE}
+        found |= {"num_documents": len(values), "details": details}
+    return found
 
 
 def intervals(values: np.ndarray, num_samples: int, seed: int = 0) -> dict[str, tuple[float, float]]:

@@ -42,7 +42,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
         document: dict[str, Any] = {
             "version": 1,
             "recipe": "summarize",
-            "model": {"encoder": shape},
+            "model": {"backbone": "encoder", "encoder": shape},
             "data": {
                 "train": [str(source)],
                 "validation_fraction": 0.2,

@@ -15,16 +15,10 @@ from bigbatch.recipes.core.data.rows import read_rows
 from bigbatch.recipes.core.data.sources import list_files
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.summarize.config import DocumentDataSection
-from bigbatch.recipes.summarize.data import (
-    DocumentSamples,
-    cut_document,
-    open_split,
-    prepare,
-    prepared,
-    references_of,
-    sentences_of,
-)
+from bigbatch.recipes.summarize.data import prepare, prepared, references_of, sentences_of
+from bigbatch.recipes.summarize.pairs import PairSamples
 from bigbatch.recipes.summarize.rouge import KINDS, Rouge
+from bigbatch.recipes.summarize.windows import DocumentSamples, cut_document
 
 REAL = Path(os.environ.get("BIGBATCH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 ROWS = [
@@ -64,7 +58,7 @@ def test_a_summary_is_one_text_several_references_or_the_sentences_of_one():
 
 def test_windows_hold_the_tokens_of_their_sentences_and_what_is_right(tmp_path):
     data = section_of(tmp_path)
-    samples = DocumentSamples(prepare(data), "train", data)
+    samples = DocumentSamples(prepare(data)[0], "train", data)
     assert prepared(data) == next(path for path in (tmp_path / "prepared").iterdir() if path.is_dir())
     batch = samples.batch(np.array([0, 1]), np.array([0, 0]))
     tokenizer = samples.tokenizer.tokenizer
@@ -96,10 +90,10 @@ def test_every_sentence_stands_in_one_window_and_windows_are_as_full_as_they_can
             assert sum(needed[begin : end + 1]) > sequence_length or end - begin == most
 
 
-def test_a_sentence_longer_than_a_window_is_cut_and_token_dropout_leaves_special_tokens(tmp_path, capsys):
+def test_a_sentence_longer_than_a_window_is_cut_and_token_dropout_leaves_special_tokens(tmp_path):
     data = section_of(tmp_path, sequence_length=8)
-    folder = prepare(data)
-    assert "sentences are longer, and cut" in capsys.readouterr().err
+    folder, _ = prepare(data)
+    assert "sentences are longer, and cut" in DocumentSamples(folder, "train", data).described()
     samples = DocumentSamples(folder, "train", data, token_dropout=0.9, seed=1)
     ids = np.arange(samples.num_samples)
     batch = samples.batch(ids, ids * 0)
@@ -122,22 +116,54 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_row_that_cannot_be_taken_is_told_by_its_line_or_counted(tmp_path, kind, capsys):
+def test_a_row_that_cannot_be_taken_is_told_by_its_line_or_counted(tmp_path, kind):
     row, message = BAD[kind]
     with pytest.raises(UserError) as error:
         prepare(section_of(tmp_path, [*ROWS, row]))
     assert error.value.where == f"{tmp_path / 'rows.jsonl'}:3"
     assert message in error.value.message
     assert "data.on_error 'skip' leaves such rows out" in error.value.message
-    folder = prepare(section_of(tmp_path, [*ROWS, row], on_error="skip"))
+    folder, left_out = prepare(section_of(tmp_path, [*ROWS, row], on_error="skip"))
     assert read_examples(folder).splits["train"].num_rows == 2
-    assert f"1 {kind}" in capsys.readouterr().err
+    assert f"1 {kind}" in left_out[0]
 
 
 def test_a_split_without_documents_is_refused(tmp_path):
     with pytest.raises(UserError, match="no document is left to train on"):
         prepare(section_of(tmp_path, [BAD["without a sentence"][0]], on_error="skip"))
-    assert open_split(prepare(section_of(tmp_path)), "test", section_of(tmp_path)) is None
+
+
+def test_pairs_are_a_document_cut_at_its_end_and_in_each_epoch_the_next_summary(tmp_path):
+    rows = [*ROWS, {"document": "It is. " * 9, "summary": ["one here", "two of them there", "three"]}]
+    data = section_of(tmp_path, rows, sequence_length=20, summary_tokens=5)
+    folder, _ = prepare(data)
+    samples = PairSamples(folder, "train", data, begin_of_target=7)
+    decode, end = samples.tokenizer.tokenizer.decode, samples.tokenizer.end_of_text
+    said = []
+    for epoch in range(4):
+        batch = samples.batch(np.array([2, 1]), np.array([epoch, epoch]))
+        for pair, (source, target) in enumerate(((rows[2], 20), (rows[1], None))):
+            tokens = batch["tokens"][batch["documents"] == pair]
+            assert tokens[0] == samples.tokenizer.begin_of_text
+            assert tokens[-1] == end
+            text = " ".join(sentences_of(source["document"])).lower()
+            assert text.startswith(decode(tokens.tolist()))
+            assert len(tokens) == target or decode(tokens.tolist()) == text
+            of_pair = batch["target_documents"] == pair
+            labels, written = batch["labels"][of_pair], batch["written"][of_pair]
+            assert written.tolist() == [7, *labels[:-1]]
+            assert labels[-1] == end
+            assert len(labels) <= 5
+        said.append(decode(batch["labels"][batch["target_documents"] == 0].tolist()))
+    assert said == ["one here", "two of them", "three", "one here"]
+    assert (batch["labels"] == -100).sum() == (batch["target_documents"] < 0).sum()
+    assert "1 are cut at 20" in samples.described()
+    dropping = PairSamples(folder, "train", data, 7, token_dropout=0.9, seed=1)
+    changed = dropping.batch(np.arange(3), np.zeros(3, np.int64))
+    plain = samples.batch(np.arange(3), np.zeros(3, np.int64))
+    assert set(changed["tokens"][changed["tokens"] != plain["tokens"]]) == {samples.tokenizer.unknown}
+    assert np.array_equal(changed["labels"], plain["labels"])
+    assert dropping.fingerprint != samples.fingerprint
 
 
 def test_docstrings_are_documents_whose_first_sentence_is_the_summary():
