@@ -51,9 +51,13 @@ def count_parameters(model: Any, vocabulary_size: int, num_labels: int = 0) -> i
 
 def _backbone(model: Any, vocabulary_size: int) -> tuple[int, int]:
     """Return how many parameters a classifier's backbone has, and the size of the features that it gives."""
+    if model.backbone == "words":
+        return vocabulary_size * model.embedding_size, model.embedding_size
     if model.backbone == "encoder":
         hidden = model.encoder.hidden_size
-        pooler = hidden * hidden + hidden if getattr(model, "pooling", None) == "first" else 0
+        kind, pooling = getattr(model, "kind", None), getattr(model, "pooling", None)
+        has_pooler = kind == "cross" or (kind != "bi" and pooling == "first")
+        pooler = hidden * hidden + hidden if has_pooler else 0
         further = getattr(model, "sentence_layers", 0) * _layer(hidden, model.encoder.inner_size)
         return _encoder(model.encoder, vocabulary_size) + pooler + further, hidden
     size = model.embedding_size

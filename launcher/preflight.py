@@ -40,7 +40,7 @@ from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
 from bigbatch.recipes.core.models.config import SpeechSection, VisionSection
 
-DOCUMENTS = ("parquet", "squad", "slots", "sgd", *IMAGE_FORMATS, *AUDIO_FORMATS)  # whose rows are not lines
+DOCUMENTS = ("parquet", "squad", "slots", "sgd", "smart", *IMAGE_FORMATS, *AUDIO_FORMATS)  # whose rows are not lines
 SPLITS = ("train", "validation", "test")
 ASSUMED_UNITS = 28  # of an alphabet that the transcripts will tell
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly

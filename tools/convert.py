@@ -25,6 +25,7 @@ from bigbatch.recipes.core.checkpoint import MASTER, Reader, open_checkpoint
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, piece_shape
+from bigbatch.recipes.core.recipe import RECORD_FILE
 from bigbatch.recipes.core.run_home import enter_home
 from bigbatch.recipes.core.tensor_file import Entry, sync_folder, write_json, write_tensors
 
@@ -33,7 +34,6 @@ TOLERANCE = 1e-4
 """Largest difference of two logits in float32, as a part of the largest logit. Two ways to sum the same products differ
 by up to 1e-5 of it in deep models; a wrong weight, by more than 1e-3."""
 SHARD_BYTES = 4 * 2**30
-RECORD_FILE = "conversion.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Of the inputs, ours and transformers'.
 NAMES = {"tokens": "input_ids", "written": "decoder_input_ids", "segments": "token_type_ids", "pixels": "pixel_values"}
@@ -146,7 +146,9 @@ def compare(
 
 
 def _logits(output: Any) -> torch.Tensor:
-    """Return transformers' logits; those of a first and a last token [B, T] each as [B, T, 2]."""
+    """Return transformers' logits; those of a first and a last token [B, T] each as [B, T, 2]; else the states."""
+    if "last_hidden_state" in output:
+        return output.last_hidden_state
     return torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
 
 
@@ -159,7 +161,8 @@ def _transformers_model(folder: Path, auto_class: str) -> torch.nn.Module:
         return getattr(transformers, auto_class).from_pretrained(folder, dtype=torch.float32).eval()
     config = transformers.AutoConfig.from_pretrained(folder)
     with accelerate.init_empty_weights(include_buffers=False):
-        model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32).eval()
+        further = {"add_pooling_layer": False} if auto_class == "AutoModel" else {}
+        model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32, **further).eval()
     weights = WeightFolder(folder)
     # A tied head has no tensor of its own in the file, and the empty model has forgotten that it is tied.
     tied: dict[str, str] = model.all_tied_weights_keys
@@ -239,6 +242,9 @@ def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) ->
     write_text(folder / "config.json", {**export.config, **ids, "dtype": names[dtype]})
     if generates:
         write_text(folder / "generation_config.json", {**ids, **export.generation})
+    for name, content in (export.files or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_text(folder / name, content)
     if export.processor:
         write_text(folder / "preprocessor_config.json", export.processor)
         return
@@ -252,7 +258,7 @@ def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) ->
         )
 
 
-def write_text(path: Path, content: dict[str, Any]) -> None:
+def write_text(path: Path, content: Any) -> None:
     """Write JSON for people to read."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 

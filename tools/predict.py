@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigbatch.recipes.core.arguments import Parser
+from bigbatch.recipes.core.arguments import Parser, count
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, one_line
 from bigbatch.recipes.core.run_home import enter_home
 
@@ -29,7 +29,8 @@ probabilities; where a text may have any number of labels, labels alone, those t
 questions takes QUESTION CONTEXT in turns, or a JSON object with both a line, or a file of such or in SQuAD's format; a
 line of its answers holds id (where given), question, answer, start and end (characters of the context; "" and null for
 no answer), probability, null_score (by how much no answer is better than the best), with --top also candidates. A model
-of the next word gives words, the likeliest behind the text. One that summarizes takes documents: texts, JSON objects
+that matches pairs takes LEFT RIGHT in turns, or objects with both, and gives their score. One of the next word gives
+words, the likeliest behind the text. One that summarizes takes documents: texts, JSON objects
 with a document, a text or a list of sentences, or a file of such; it gives a summary, and where that is chosen from the
 document its sentences, each with place and score. One that translates gives translation and score; one that judges
 translations takes SOURCE TRANSLATION in turns, or a JSON object with both, and gives quality. A model of images or
@@ -39,7 +40,8 @@ key error instead, in its place, and the number of such lines is told at the end
 PAUSE_SECONDS = 0.05
 BLOCK_BYTES = 2**16
 DIGITS = 6  # of a probability
-PLAIN = {"summary": "{}", "transcript": "{}", "translation": "{}", "quality": "{:.3f}"}  # what is shown as it is
+# What is shown as it is.
+PLAIN = {"summary": "{}", "transcript": "{}", "translation": "{}", "quality": "{:.3f}", "score": "{:.3f}"}
 NEXT_WORDS = 5  # that are shown unless --top says how many
 MOST_OF_THE_WIDTH = 0.5  # that a table's answers may take
 
@@ -346,12 +348,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--file", metavar="F", help=file)
     parser.add_argument("--text-column", metavar="C", help="of the file (default text; of documents document)")
     parser.add_argument("--format", choices=("jsonl", "table"), help="by default a table on a terminal, else jsonl")
-    parser.add_argument("--top", type=_count, metavar="K", help="the likeliest so many, each with probability")
-    parser.add_argument("--batch-size", type=_count, metavar="N", default=32, help="texts at once (default 32)")
+    parser.add_argument("--top", type=count, metavar="K", help="the likeliest so many, each with probability")
+    parser.add_argument("--batch-size", type=count, metavar="N", default=32, help="texts at once (default 32)")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; right is a number from 1 on")
-    return int(text)

@@ -39,6 +39,7 @@ class Samples(Protocol):
     num_samples: int
     fingerprint: str
     """Changes when the content of any sample would."""
+    # It may have an `evaluation_size`, samples of an evaluation's batch, where those are other than training samples.
 
     def batch(self, sample_ids: "np.ndarray", epochs: "np.ndarray") -> dict[str, "np.ndarray"]:
         """Return the collated batch [B, ...] of these samples, a pure function of both arguments and the run's seed."""
@@ -69,6 +70,8 @@ class HuggingFaceExport(NamedTuple):
     """The class of transformers that builds it."""
     processor: dict[str, Any] | None = None
     """preprocessor_config.json, for a model of images, which has no tokenizer."""
+    files: dict[str, Any] | None = None
+    """Further JSON files, by their paths in the folder."""
 
 
 class Recipe(Protocol):
@@ -206,8 +209,10 @@ def of_folder(folder: Path) -> str:
         architecture = (document.get("architectures") or ["a model of no class"])[0]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(str(folder), f"is no Hugging Face folder: config.json cannot be read ({error})") from None
-    if (folder / RECORD_FILE).is_file():  # one that this project has written says it
-        return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["recipe"]
+    record = folder / RECORD_FILE
+    recorded = json.loads(record.read_text(encoding="utf-8")).get("recipe") if record.is_file() else None
+    if recorded in recipe_names() and further(find(recorded), "open_folder"):
+        return recorded
     for name in recipe_names():
         ending = further(find(name), "ARCHITECTURE")
         if ending and architecture.endswith(ending):

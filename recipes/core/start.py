@@ -58,6 +58,13 @@ def find_start(name: str) -> Start:
     return Start(path, path, size, None, config)
 
 
+def native_start(start: Start) -> Start:
+    """Return it again; raise UserError for a model that transformers alone can build."""
+    if start.hugging_face:
+        raise UserError(WHERE, f"{start.path} is a {start.hugging_face.get('model_type')}; right is a BERT")
+    return start
+
+
 def _plain(section: dict[str, Any]) -> dict[str, Any]:
     """Return a shape without where its own weights came from."""
     return EncoderSection.model_validate_json(json.dumps({**section, "initialize_from": None})).model_dump(mode="json")

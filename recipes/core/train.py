@@ -193,7 +193,7 @@ def evaluate(
     must call it.
     """
     outputs = further(run.recipe, "outputs") or (lambda model, batch: Outputs(run.recipe.loss(model, batch), {}))
-    size = plan_batch(run.config.batch, mesh.data_ranks).micro_size
+    size = getattr(samples, "evaluation_size", None) or plan_batch(run.config.batch, mesh.data_ranks).micro_size
     was_training = model.training
     model.eval()
     loss_sum, num_targets = 0.0, 0

@@ -13,12 +13,11 @@ from torch import nn
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.splits import SPLITS
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
-from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
 from bigbatch.recipes.core.models.hugging_face import Piece, read_json
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import WHERE, Start, find_start, starting_shape, starting_vocabulary
+from bigbatch.recipes.core.start import Start, find_start, native_start, starting_shape, starting_vocabulary
 from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.question_answering import data
 from bigbatch.recipes.question_answering.answering import Answering, answer
@@ -185,7 +184,7 @@ def open_folder(folder: Path) -> tuple[QuestionAnsweringConfig, dict[str, Any], 
 
     One that this project has not written is taken to know that there may be no answer, at a threshold of 0.
     """
-    start = _native(find_start(str(folder)))
+    start = native_start(find_start(str(folder)))
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {"run": {}}
     length = min(384, (start.encoder or {})["max_positions"])
     document = {
@@ -209,13 +208,7 @@ def _loss(logits: torch.Tensor, batch: Batch) -> Loss:
 
 
 def _start(config: QuestionAnsweringConfig) -> Start | None:
-    return _native(find_start(config.model.initialize_from)) if config.model.initialize_from else None
-
-
-def _native(start: Start) -> Start:
-    if start.hugging_face:
-        raise UserError(WHERE, f"{start.path} is a {start.hugging_face.get('model_type')}; right is a BERT")
-    return start
+    return native_start(find_start(config.model.initialize_from)) if config.model.initialize_from else None
 
 
 def _judge(facts: dict[str, Any], arrays: dict[str, np.ndarray], examples: Examples) -> tuple[np.ndarray, Judged]:

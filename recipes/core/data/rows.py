@@ -41,11 +41,17 @@ from bigbatch.recipes.core.data.sources import (
 )
 from bigbatch.recipes.core.data.stdlib_text import (
     DIALOGUE_COLUMNS,
+    FUNCTION_COLUMNS,
+    IMPORT_COLUMNS,
+    MODULE_COLUMNS,
     QUESTION_COLUMNS,
     SUMMARY_COLUMNS,
     stdlib_dialogues,
     stdlib_docstrings,
     stdlib_documents,
+    stdlib_functions,
+    stdlib_imports,
+    stdlib_modules,
     stdlib_questions,
     stdlib_summaries,
 )
@@ -277,7 +283,40 @@ _STDLIB_ROWS = {
     "questions": (QUESTION_COLUMNS, stdlib_questions),
     "dialogues": (DIALOGUE_COLUMNS, stdlib_dialogues),
     "summaries": (SUMMARY_COLUMNS, stdlib_summaries),
+    "functions": (FUNCTION_COLUMNS, stdlib_functions),
+    "modules": (MODULE_COLUMNS, stdlib_modules),
+    "imports": (IMPORT_COLUMNS, stdlib_imports),
 }
+
+
+def _read_smart(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    """Yield the records of a collection in the form of Salton's SMART system, as Cranfield's is published."""
+    fields: dict[str, str] = {}
+    origin, field, number = "", "", 0
+    with _opened(file) as (stream, fraction):
+        for line_number, line in _lines(stream, file):
+            text = line.rstrip("\r\n")
+            if found := re.fullmatch(r"\.I\s+(\S+)\s*", text):
+                if fields:
+                    yield _smart_row(fields, columns, origin, fraction())
+                origin, number, field = f"{file.path}:{line_number}", number + 1, ""
+                fields = {"I": found[1], "number": str(number)}
+            elif fields and (found := re.fullmatch(r"\.([A-Z])\s*", text)):
+                field = found[1]
+                fields.setdefault(field, "")
+            elif field:
+                fields[field] += line
+            elif text.strip():
+                raise UserError(
+                    f"{file.path}:{line_number}", f"is {shown(text)}; right is .I and an id, or a field's .X"
+                )
+    if fields:
+        yield _smart_row(fields, columns, origin, 1.0)
+
+
+def _smart_row(fields: dict[str, str], columns: Columns, origin: str, fraction: float) -> Row:
+    _require(columns, fields, origin)
+    return Row({name: fields[name].strip() for name in columns}, origin, fraction)
 
 
 def _read_hugging_face(file: SourceFile, columns: Columns) -> Iterator[Row]:
@@ -312,9 +351,8 @@ _READERS: dict[str, Callable[[SourceFile, Columns], Iterator[Row]]] = {
     "hf": _read_hugging_face,
     "stdlib": _read_stdlib,
     "docstrings": _read_docstrings,
-    "questions": _read_stdlib_rows,
-    "dialogues": _read_stdlib_rows,
-    "summaries": _read_stdlib_rows,
+    **dict.fromkeys(_STDLIB_ROWS, _read_stdlib_rows),
+    "smart": _read_smart,
 }
 
 

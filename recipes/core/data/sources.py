@@ -20,7 +20,8 @@ from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
 # source -> format
-PYTHON = {f"python:{kind}": kind for kind in ("stdlib", "docstrings", "questions", "dialogues", "summaries")}
+_STDLIB_ROWS = ("docstrings", "questions", "dialogues", "summaries", "functions", "modules", "imports")
+PYTHON = {f"python:{kind}": kind for kind in ("stdlib", *_STDLIB_ROWS)}
 HUGGING_FACE = "hf:"
 DATA_ROOT_VARIABLE = "BIGBATCH_DATA"
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -216,12 +217,10 @@ _OPTIONS = {
     "sgd": {"format", "encoding", *_ROW_OPTIONS},
     "parallel": {"target", "encoding", *_ROW_OPTIONS},
     "numbers": _ROW_OPTIONS,
+    "smart": {"format", "encoding", *_ROW_OPTIONS},
     "hf": _ROW_OPTIONS,
     "stdlib": {"constants"},
-    "docstrings": _ROW_OPTIONS,
-    "questions": _ROW_OPTIONS,
-    "dialogues": _ROW_OPTIONS,
-    "summaries": _ROW_OPTIONS,
+    **dict.fromkeys(_STDLIB_ROWS, _ROW_OPTIONS),
 }
 
 

@@ -134,14 +134,16 @@ def prepare_splits(
     not_content: set[str],
     build: Callable[[Path, dict[str, list[SourceFile]]], Built],
     tokenizer_folder: Path | None = None,
+    further_files: dict[str, list[SourceFile]] | None = None,
 ) -> Path:
     """Make the prepared folder of these settings and sources by `build(folder, files by split)`, or find it.
 
     `not_content` names the settings that change nothing in the folder. Where the section has a tokenizer, it is that of
-    a folder, or is made as the settings say.
+    a folder, or is made as the settings say. Files beside those of the splits are handed on under their own names.
     """
     hashes = tokenizer_hashes(data, tokenizer_folder) if hasattr(data, "tokenizer") else ()
-    request = Request(_content(data, not_content, tokenizer_folder), list_split_files(data), hashes)
+    files = list_split_files(data) | (further_files or {})
+    request = Request(_content(data, not_content, tokenizer_folder), files, hashes)
     return prepare_examples(Path(data.prepared_dir), request, lambda folder: build(folder, request.files))
 
 

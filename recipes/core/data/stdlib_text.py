@@ -18,6 +18,10 @@ SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tes
 QUESTION_COLUMNS = ("id", "kind", "question", "context", "answers")
 DIALOGUE_COLUMNS = ("id", "messages")
 SUMMARY_COLUMNS = ("id", "document", "summary")
+FUNCTION_COLUMNS = ("summary", "function")
+MODULE_COLUMNS = ("id", "text")
+IMPORT_COLUMNS = ("file", "history", "item")
+LONGEST_DESCRIPTION = 500  # characters of a function's, behind its summary
 LONGEST_SIGNATURE = 300  # characters
 MOST_PARAMETERS = 4  # asked about, of a function
 FEWEST_SENTENCES, MOST_SENTENCES, FEWEST_WORDS = 3, 12, 3  # of a docstring, and of its summary line
@@ -26,7 +30,7 @@ _RETURN = re.compile(r"\breturn(?:s|ing)?\s+(?P<what>[^.,;:]+)", re.IGNORECASE)
 
 def stdlib_files() -> list[Path]:
     """List the source files of the standard library's modules, sorted, without its tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = _root()
     files = []
     for name in sorted(sys.stdlib_module_names):
         module, package = root / f"{name}.py", root / name
@@ -117,6 +121,50 @@ def stdlib_summaries(path: Path) -> Iterator[dict[str, Any]]:
             yield dict(zip(SUMMARY_COLUMNS, (f"{path.name}:{number}", shuffled, sentences[0]), strict=True))
 
 
+def stdlib_functions(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield each documented public function of a file: what it does in short, and its signature with the rest."""
+    tree = _parse(path)
+    module = ".".join(path.relative_to(_root()).with_suffix("").parts).removesuffix(".__init__")
+    for node in ast.walk(tree) if tree else ():
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name.startswith("_"):
+            continue
+        summary, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
+        signature, _ = _signature(node)
+        if len(summary.split()) > 2 and len(signature) <= LONGEST_SIGNATURE:
+            described = f"{module}.{signature}\n{' '.join(rest.split())[:LONGEST_DESCRIPTION]}".strip()
+            yield {"summary": " ".join(summary.split()), "function": described}
+
+
+def stdlib_modules(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the module or package that a file is, unless it is a part of one: its name, and what its docstring says."""
+    parts = path.relative_to(_root()).with_suffix("").parts
+    if len(parts) == 1 or parts[1:] == ("__init__",):
+        tree = _parse(path)
+        summary = ((tree and ast.get_docstring(tree)) or "").partition("\n\n")[0]
+        yield {"id": parts[0], "text": f"{parts[0]}\n{' '.join(summary.split())}".strip()}
+
+
+def stdlib_imports(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield, for each module of `stdlib_modules` that a file imports, which others it imports besides, if any."""
+    tree, root = _parse(path), _root()
+    names = set()
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(str(node.module).split(".")[0])
+    inner = path.relative_to(root)
+    names = sorted(name for name in names - {inner.parts[0], inner.stem} if _is_module(root, name))
+    for item in names if len(names) > 1 else ():
+        yield {"file": inner.as_posix(), "history": [name for name in names if name != item], "item": item}
+
+
+def _is_module(root: Path, name: str) -> bool:
+    """Tell whether `stdlib_modules` has it: sources leave empty files out."""
+    paths = (root / f"{name}.py", root / name / "__init__.py")
+    return name in sys.stdlib_module_names and any(path.is_file() and path.stat().st_size for path in paths)
+
+
 def _signature(
     node: ast.FunctionDef | ast.AsyncFunctionDef,
 ) -> tuple[str, list[tuple[str, tuple[int, int], tuple[int, int] | None]]]:
@@ -147,6 +195,10 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
     for child in node.body:
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from _docstrings(child)
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _parse(path: Path) -> ast.Module | None:

@@ -1,0 +1,227 @@
+"""Matching under every plan: against the golden losses, transformers' own model, and itself resumed.
+
+BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/match.json anew; say in the change why the losses differ.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from scipy import stats
+
+from bigbatch.recipes.core import checkpoint
+from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
+from bigbatch.recipes.core.data.sampler import sample_order
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.match import recipe
+from bigbatch.recipes.match.config import MatchConfig
+from bigbatch.tools.convert import convert
+from bigbatch.tools.predict import main as predict
+
+STEPS, GROUPS, SEED, LEARNING_RATE, TEMPERATURE = 5, 4, 3, 5e-3, 0.05
+STAGES, RANKS = (0, 1, 2, 3), (1, 2)
+FEW = ((1, 0), (2, 3))
+
+
+@pytest.fixture(scope="module")
+def trained(run_program, make_document, make_cross, tmp_path_factory):
+    """Train every document under all its plans in one start; return the folder that holds the runs."""
+    out = tmp_path_factory.mktemp("match")
+    plans = []
+
+    def add(name, document, *its_plans):
+        (out / f"{name}.json").write_text(json.dumps(document))
+        plans.extend((name, *plan) for plan in its_plans)
+
+    add("bi", make_document(out), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
+    words = {"encoder": None, "backbone": "words", "embedding_size": 32}
+    add("words", make_document(out, model=words), *((*plan, None) for plan in FEW))
+    add("cross", make_cross(out), *((*plan, None) for plan in FEW))
+    hard = {"objective": {"token_dropout": 0.2}, "data": {"mining": {"count": 2}}, "model": {"layer_decay": 0.7}}
+    add("resumed", make_document(out, **hard), (2, 3, 2))
+    add("resumed_whole", make_document(out, **hard), (2, 3, None))
+    longer = {"schedule": {"total_steps": 40}, "evaluate": {"every_steps": 20}}
+    add("learned", make_document(out, data={"test_fraction": 0.1, "group_size": 8}, **longer), (2, 1, None))
+    add("learned_scores", make_cross(out, **longer), (2, 1, None))
+    (out / "plans.json").write_text(json.dumps(plans))
+    run_program("train_documents.py", out)
+    return out
+
+
+def rows(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
+    found = rows(out / f"{name}_{ranks}_{stage}", "train")
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in found]
+
+
+def opened(run_dir: Path) -> tuple[MatchConfig, recipe.DataSplits, torch.nn.Module]:
+    """Open a run's data and its newest model."""
+    config = MatchConfig.model_validate_json((run_dir / "run.json").read_text())
+    data = recipe.open_data(config)
+    model = recipe.build_model(config, data.facts, initialize=False)
+    checkpoint.load_weights(run_dir, model)
+    return config, data, model.eval()
+
+
+@pytest.fixture(scope="module")
+def golden(trained, kept_golden):
+    """Return the losses that are kept; write them first when asked to."""
+    return kept_golden("match", lambda: {name: losses(trained, name, 1, 0) for name in ("bi", "words", "cross")})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_five_steps_give_the_golden_losses_under_every_plan(trained, golden, ranks, stage):
+    manifest = Reader(checkpoint_dir(trained / f"bi_{ranks}_{stage}", STEPS)).manifest
+    assert (manifest["ranks"], manifest["zero_stage"]) == (ranks, stage)
+    assert losses(trained, "bi", ranks, stage) == pytest.approx(golden["bi"], rel=1e-4)
+
+
+@pytest.mark.parametrize("plan", FEW)
+@pytest.mark.parametrize("name", ["words", "cross"])
+def test_the_other_models_do_too(trained, golden, name, plan):
+    assert losses(trained, name, *plan) == pytest.approx(golden[name], rel=1e-4)
+    assert len(set(golden[name])) == STEPS
+
+
+def test_a_cross_encoder_that_knows_nothing_gives_even_chances(golden):
+    assert golden["cross"][0] == pytest.approx(math.log(2), abs=0.05)
+
+
+def test_transformers_own_model_takes_the_same_steps(trained, golden):
+    """Train BertModel from the same first weights on the same groups, with the loss written out a pair at a time."""
+    config = MatchConfig.model_validate_json((trained / "bi_1_0" / "run.json").read_text())
+    data = recipe.open_data(config)
+    torch.manual_seed(SEED)
+    model = recipe.build_model(config, data.facts)
+    export = recipe.hugging_face(config, data.facts)
+    theirs = transformers.BertModel(transformers.AutoConfig.for_model(**export.config), add_pooling_layer=False)
+    parameters = dict(model.named_parameters())
+    pieces = [(piece, parameters[name].detach()) for name, found in export.tensors.items() for piece in found]
+    theirs.load_state_dict({piece.name: p[piece.start : piece.stop].clone() for piece, p in pieces})
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95))
+
+    def vector(text):
+        mean = theirs(input_ids=torch.from_numpy(text.astype(np.int64))[None]).last_hidden_state[0].mean(0)
+        return mean / mean.norm()
+
+    found = []
+    for step in range(STEPS):
+        order = sample_order(SEED, data.train.num_samples, step * GROUPS, GROUPS)
+        total = 0.0
+        for sample, epoch in zip(order.ids.tolist(), order.epochs.tolist(), strict=True):
+            start = epoch * data.train.num_pairs + sample * 4
+            pairs = sample_order(SEED, data.train.num_pairs, start, 4).ids
+            sides = [
+                [vector(text) for text in data.train.texts.lists("tokens", side[pairs])]
+                for side in (data.train.left, data.train.right)
+            ]
+            cosines = torch.stack([torch.stack([a @ b for b in sides[1]]) for a in sides[0]]) / TEMPERATURE
+            both = (torch.log_softmax(cosines, 1).diag() + torch.log_softmax(cosines, 0).diag()) / 2
+            loss = -both.sum() / (4 * GROUPS)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(total)
+    assert found == pytest.approx(golden["bi"], rel=1e-4)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained):
+    whole = losses(trained, "resumed_whole", 2, 3)
+    assert losses(trained, "resumed", 2, 3) == whole
+    assert len(set(whole)) == STEPS
+
+
+def test_figures_of_two_ranks_are_those_of_ranking_each_query_by_predict(trained):
+    config, data, model = opened(trained / "learned_2_1")
+    texts, pairs = data.validation.texts, data.validation.pairs
+    (row,) = [row for row in rows(trained / "learned_2_1", "evaluation") if row["step"] == 40]
+    is_right = texts.numbers("is_right").astype(bool)
+    sides = [np.flatnonzero(~is_right), np.flatnonzero(is_right)]
+    lefts, rights = (texts.texts("text", numbers) for numbers in sides)
+    score = recipe.predictor(config, data.facts, model)
+    right = set(zip(pairs.numbers("left").tolist(), pairs.numbers("right").tolist(), strict=True))
+    ranks = []
+    for number, left in zip(sides[0].tolist(), lefts, strict=True):
+        scores = [one["score"] for one in score([{"left": left, "right": text} for text in rights])]
+        order = sides[1][np.argsort(-np.array(scores), kind="stable")].tolist()
+        ranks.append(1 + min(place for place, text in enumerate(order) if (number, text) in right))
+    assert row["mrr@10"] == pytest.approx(np.mean([1 / rank if rank <= 10 else 0 for rank in ranks]))
+    assert row["recall@10"] == pytest.approx(np.mean([rank <= 10 for rank in ranks]))
+    assert row["mrr@10"] > 0.5  # chance has some 0.12
+
+
+def test_correlations_are_those_of_the_scores_that_predict_gives(trained):
+    config, data, model = opened(trained / "learned_scores_2_1")
+    (row,) = [row for row in rows(trained / "learned_scores_2_1", "evaluation") if row["step"] == 40]
+    validation = data.validation
+    lefts, rights = (validation.texts.texts("text", side) for side in (validation.left, validation.right))
+    items = [{"left": left, "right": right} for left, right in zip(lefts, rights, strict=True)]
+    found = [one["score"] for one in recipe.predictor(config, data.facts, model)(items)]
+    assert all(0 <= score <= 3 for score in found)
+    assert row["spearman"] == pytest.approx(stats.spearmanr(found, validation.score).statistic, abs=1e-4)
+    assert row["pearson"] == pytest.approx(stats.pearsonr(found, validation.score).statistic, abs=1e-4)
+
+
+def test_a_converted_bi_encoder_is_a_folder_that_gives_the_same_vectors(trained, tmp_path):
+    run_dir, out = trained / "learned_2_1", tmp_path / "converted"
+    parity = convert(run_dir, out)
+    assert parity.largest_difference <= 1e-5 * max(1.0, parity.largest_logit)
+    texts = ["red rose, garden", "Near the wall there is a knife."]
+    ours = recipe.encoder_of(*recipe.open_run(run_dir, ""))(texts)
+    again = recipe.encoder_of(*recipe.open_folder(out))(texts)
+    assert again == pytest.approx(ours, abs=1e-6)
+    model = transformers.AutoModel.from_pretrained(out, add_pooling_layer=False).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    for text, vector in zip(texts, ours, strict=True):
+        with torch.no_grad():
+            state = model(tokenizer(text, return_tensors="pt")["input_ids"]).last_hidden_state[0].mean(0)
+        assert (state / state.norm()).numpy() == pytest.approx(vector, abs=1e-5)
+    types = [module["type"].rpartition(".")[2] for module in json.loads((out / "modules.json").read_text())]
+    assert types == ["Transformer", "Pooling", "Normalize"]
+    assert json.loads((out / "1_Pooling/config.json").read_text())["pooling_mode_mean_tokens"] is True
+
+
+def test_a_converted_cross_encoder_scores_as_it_does_here(trained, tmp_path, capsys):
+    run_dir, out = trained / "learned_scores_2_1", tmp_path / "converted"
+    assert convert(run_dir, out).largest_difference < 1e-5
+    pair = ["red rose, garden 3", "The rose at the garden is red."]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    inputs = transformers.AutoTokenizer.from_pretrained(out)(*pair, return_tensors="pt", return_token_type_ids=True)
+    with torch.no_grad():
+        logit = model(input_ids=inputs["input_ids"], token_type_ids=inputs["token_type_ids"]).logits.item()
+    scores = []
+    for folder in (run_dir, out):
+        assert predict([str(folder), *pair]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["score"])
+    assert scores == pytest.approx([3 / (1 + math.exp(-logit))] * 2, abs=1e-5)
+
+
+def test_a_bag_of_words_is_refused_by_convert_in_one_line(trained, tmp_path):
+    with pytest.raises(UserError, match="for which transformers has no class; bigbatch takes the run"):
+        convert(trained / "words_1_0", tmp_path / "out")
+
+
+def test_an_empty_text_is_answered_in_its_place(trained, tmp_path, capsys):
+    lines = [{"id": 1, "left": "red rose", "right": " "}, {"id": 2, "left": "red rose", "right": "blue wall"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert predict([str(trained / "words_1_0"), "--file", str(tmp_path / "pairs.jsonl")]) == 0
+    empty, good = map(json.loads, capsys.readouterr().out.splitlines())
+    assert empty["error"] == "is empty, or no text: there is nothing to match"
+    assert (good["id"], good["left"]) == (2, "red rose")
+    assert -1 <= good["score"] <= 1
