@@ -11,12 +11,11 @@ import numpy as np
 
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.packing import first_fit_pairs, truncated
-from bigbatch.recipes.core.data.sampler import Order, random_words
+from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_tokenizer
 from bigbatch.recipes.summarize.config import DocumentDataSection
-
-DROPOUT = 0  # stream of random numbers
+from bigbatch.recipes.summarize.data import drop_tokens
 
 
 class PairSamples:
@@ -48,9 +47,10 @@ class PairSamples:
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the pairs as `collate` does."""
-        sources = self.sources(sample_ids)
+        texts = self.documents.lists("tokens", sample_ids)
         if self.token_dropout:
-            sources = self._drop(sources, Order(sample_ids, epochs))
+            texts = drop_tokens(texts, self.token_dropout, self.seed, Order(sample_ids, epochs), self.tokenizer)
+        sources = [whole(tokens, self.tokenizer, self.data) for tokens in texts]
         columns = (self.documents.lists(f"summary_{name}", sample_ids) for name in ("lengths", "tokens"))
         summaries = []
         for lengths, tokens, epoch in zip(*columns, epochs.tolist(), strict=True):
@@ -73,17 +73,6 @@ class PairSamples:
         line += f"; {len(lengths):,} summaries of {lengths.mean():.0f}"
         long = int((lengths > self.data.summary_tokens).sum())
         return line + (f", {long:,} of them cut at {self.data.summary_tokens}" if long else "")
-
-    def _drop(self, sources: list[np.ndarray], order: Order) -> list[np.ndarray]:
-        """Replace each token but the special ones by the unknown one with a chance of `token_dropout`."""
-        words = random_words(self.seed, order, DROPOUT, max(map(len, sources)))
-        is_dropped = words < np.uint64(self.token_dropout * 2.0**64)
-        special = [token for token in (self.tokenizer.begin_of_text, self.tokenizer.end_of_text) if token is not None]
-        unknown = np.uint32(self.tokenizer.unknown or 0)
-        return [
-            np.where(chosen[: len(text)] & ~np.isin(text, special), unknown, text)
-            for text, chosen in zip(sources, is_dropped, strict=True)
-        ]
 
 
 def whole(tokens: np.ndarray, tokenizer: TextTokenizer, data: DocumentDataSection) -> np.ndarray:

@@ -11,13 +11,12 @@ import numpy as np
 
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.packing import lay_out
-from bigbatch.recipes.core.data.sampler import Order, random_words
+from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.data.splits import SPLITS
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.summarize.config import SPECIAL_TOKENS, DocumentDataSection
-
-DROPOUT = 0  # stream of random numbers
+from bigbatch.recipes.summarize.data import drop_tokens
 
 
 class DocumentSamples:
@@ -48,9 +47,11 @@ class DocumentSamples:
         rows [W] is the window's document, splits [W] the number of the split.
         """
         rows, begins, ends = (side[sample_ids] for side in (self.rows, self.begins, self.ends))
-        windows = [self._sentences(*window) for window in zip(rows.tolist(), begins, ends, strict=True)]
+        found = [self._sentences(*window) for window in zip(rows.tolist(), begins, ends, strict=True)]
+        texts, cuts = [tokens for tokens, _ in found], [cuts for _, cuts in found]
         if self.token_dropout:
-            windows = self._drop(windows, Order(sample_ids, epochs))
+            texts = drop_tokens(texts, self.token_dropout, self.seed, Order(sample_ids, epochs), self.tokenizer)
+        windows = [np.split(tokens, places) for tokens, places in zip(texts, cuts, strict=True)]
         batch = collate(windows, self.data, self.tokenizer)
         labels, worths = (np.zeros(batch["places"].shape, np.float32) for _ in range(2))
         oracles, values = self.documents.lists("oracle", rows), self.documents.lists("worths", rows)
@@ -68,22 +69,11 @@ class DocumentSamples:
         long = int((lengths > self.data.sequence_length - SPECIAL_TOKENS).sum())
         return line + (f"; {long:,} sentences are longer, and cut" if long else "")
 
-    def _sentences(self, row: int, begin: int, end: int) -> list[np.ndarray]:
+    def _sentences(self, row: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of some sentences, and where all but the first begin."""
         (lengths,), (tokens,) = (self.documents.lists(name, np.array([row])) for name in ("lengths", "tokens"))
-        places = np.cumsum(np.append(0, lengths))
-        return [tokens[places[number] : places[number + 1]] for number in range(begin, end)]
-
-    def _drop(self, windows: list[list[np.ndarray]], order: Order) -> list[list[np.ndarray]]:
-        """Replace each token by the unknown one with a chance of `token_dropout`."""
-        most = max(sum(map(len, sentences)) for sentences in windows)
-        is_dropped = random_words(self.seed, order, DROPOUT, most) < np.uint64(self.token_dropout * 2.0**64)
-        unknown = np.uint32(self.tokenizer.unknown or 0)
-        found = []
-        for chosen, sentences in zip(is_dropped, windows, strict=True):
-            ends = np.cumsum([len(sentence) for sentence in sentences])
-            parts = zip(sentences, np.split(chosen[: ends[-1]], ends[:-1]), strict=True)
-            found.append([np.where(which, unknown, sentence) for sentence, which in parts])
-        return found
+        places = np.append(0, np.cumsum(lengths))
+        return tokens[places[begin] : places[end]], places[begin + 1 : end] - places[begin]
 
     def _fingerprint(self) -> str:
         section = self.data
