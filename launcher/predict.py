@@ -20,7 +20,6 @@ from bigbatch.recipes.core.models.config import (
 
 ASSUMED_CHARACTERS, ASSUMED_WORDS = 256, 30_000  # how many different ones a text has is not known before it is read
 
-NATIVE = ("bert", "marian", "bart", "mbart")
 SEQ2SEQ_POSITION_OFFSET = 2  # of recipes/core/models/seq2seq.py, which needs torch
 
 OUTER_BYTES = 8
@@ -172,7 +171,7 @@ def look_at_start(path: Path, is_decoder: bool = False) -> Start:
         config = _read_object(path / "config.json", where)
         family = config.get("model_type")
         lengths = (config.get("max_position_embeddings"), config.get("num_hidden_layers"))
-        return Start(_stored_parameters(path, where), *lengths, None if family in NATIVE else str(family))
+        return Start(_stored_parameters(path, where), *lengths, None if family == "bert" else str(family))
     if not checkpoints and not (path / "manifest.json").is_file():
         found = "holds no finished checkpoint" if path.is_dir() else "is not there"
         advice = f"give a run or checkpoint of {what}, or a folder that transformers has saved"

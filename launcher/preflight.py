@@ -250,13 +250,11 @@ def _start(config: Any) -> Iterator[Finding]:
     if start.max_positions and length > start.max_positions:
         message = f"found {length}; the model in {folder} has {start.max_positions} positions"
         yield Finding("weights", "error", "data.sequence_length", message)
+    if model.backbone == "seq2seq":
+        return
     if start.foreign:
         yield from _foreign(model, start)
-    elif (
-        hasattr(model, "freeze_layers")
-        and start.num_layers
-        and model.freeze_layers + model.redraw_layers > start.num_layers
-    ):
+    elif start.num_layers and model.freeze_layers + model.redraw_layers > start.num_layers:
         asked = f"{model.freeze_layers} frozen and {model.redraw_layers} redrawn layers"
         message = f"{asked} are more than the {start.num_layers} of the model in {folder}"
         yield Finding(

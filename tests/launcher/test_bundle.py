@@ -119,6 +119,21 @@ def test_every_kind_of_path_leads_to_the_same_files_in_the_bundle(here, tmp_path
     assert not Path(moved.data.tokenizer.path).is_absolute()
 
 
+def test_both_files_of_a_parallel_source_come_along(here, tmp_path, monkeypatch):
+    (tmp_path / "far").mkdir()
+    for path, text in (("pairs.de", "eins"), (f"{tmp_path}/far/pairs.en", "one")):
+        Path(path).write_text(text)
+    source = {"path": "pairs.de", "target": f"{tmp_path}/far/pairs.en"}
+    (tmp_path / "out").mkdir()
+    document = gather(resolve("translate/quick", [f"data.train={json.dumps([source])}"]), tmp_path / "out")
+    shutil.rmtree(tmp_path / "far")
+    monkeypatch.chdir(tmp_path / "out")
+    Path("document.json").write_text(json.dumps(document))
+    (moved,) = resolve("document.json").config.data.train
+    assert [Path(name).read_text() for name in (moved.path, moved.target)] == ["eins", "one"]
+    assert not Path(moved.target).is_absolute()
+
+
 def test_a_model_to_start_from_and_a_deepspeed_document_of_ones_own_come_along(here, tmp_path):
     start, out = tmp_path / "start", tmp_path / "out"
     for folder in (start / "log", out):

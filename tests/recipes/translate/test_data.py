@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from bigbatch.launcher.preflight import check_run
 from bigbatch.recipes.core.data.number_words import NUM_PAIRS, english, german, number_pairs
 from bigbatch.recipes.core.data.packing import first_fit_pairs
 from bigbatch.recipes.core.errors import UserError
@@ -114,6 +115,16 @@ def test_a_score_that_is_no_number_and_a_file_that_is_not_there_are_refused(tmp_
     train[0]["target"] += ".gone"
     with pytest.raises(UserError, match=r"^data\.train\[0\]\.target: .*\.gone' is no file here"):
         data.prepare(section(tmp_path, train))
+
+
+def test_preflight_knows_the_columns_of_parallel_files_and_that_pairs_share_samples(tmp_path):
+    train = f"data.train={json.dumps(parallel(tmp_path, ['eins'], ['one']))}"
+    findings = check_run("translate/quick", [train], 1, tmp_path / "runs")
+    assert not [finding for finding in findings if finding.severity == "error" or "epochs" in finding.message]
+    findings = check_run("translate/quick", [train, "data.target_column=english"], 1, tmp_path / "runs")
+    (found,) = [finding for finding in findings if finding.severity == "error"]
+    assert found.path == "data.target_column"
+    assert found.message.endswith('has no column "english"; there are: "source", "target"')
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sacrebleu
+import tokenizers
 import torch
 import transformers
 from scipy import stats
 
+from bigbatch.launcher.preflight import check_run
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.seq2seq import hugging_face_state
+from bigbatch.recipes.core.models.config import Seq2SeqSection
+from bigbatch.recipes.core.models.seq2seq import hugging_face_config, hugging_face_state
 from bigbatch.recipes.core.recipe import of_folder
 from bigbatch.recipes.translate import rate, recipe
 from bigbatch.recipes.translate.config import TranslateConfig
@@ -191,6 +194,34 @@ def test_training_starts_where_a_run_or_its_folder_ended(trained, make_document,
     document["model"]["initialize_from"] = str(trained)
     with pytest.raises(UserError, match=r"has neither checkpoints nor a config\.json: no model to start from"):
         recipe.prepare(TranslateConfig.model_validate_json(json.dumps(document)))
+
+
+def test_a_bart_with_tokens_of_its_own_around_a_text_is_gone_on_with(make_document, tmp_path):
+    """Its targets begin with <s> too, behind the token that its decoder begins with."""
+    shape = Seq2SeqSection(
+        family="bart", num_encoder_layers=1, num_decoder_layers=1, hidden_size=16, num_heads=2, max_positions=48
+    )
+    config = hugging_face_config(shape, 300, begin_of_target=2, end_of_text=2)
+    folder = tmp_path / "bart"
+    transformers.BartForConditionalGeneration(transformers.BartConfig(**config)).save_pretrained(folder)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "<unk>": 1, "</s>": 2, "one": 3}, "<unk>"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"cls_token": "<s>", "eos_token": "</s>"}))
+    document = make_document(tmp_path)
+    document["model"] = {"initialize_from": str(folder)}
+    del document["data"]["tokenizer"]
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    assert not [
+        one for one in check_run(str(tmp_path / "run.json"), [], 1, tmp_path / "runs") if one.severity == "error"
+    ]
+    settings = TranslateConfig.model_validate_json(json.dumps(document))
+    recipe.prepare(settings)
+    data = recipe.open_data(settings)
+    batch = data.validation.batch(np.array([0]), np.array([0]))
+    assert batch["labels"].tolist() == [[0, 1, 2]]
+    assert batch["written"].tolist() == [[2, 0, 1]]
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    assert recipe.loss(recipe.build_model(settings, data.facts), tensors).num_targets == 3
 
 
 def test_rated_translations_are_rows_that_a_judge_learns_from(trained, make_document, tmp_path, capsys):
