@@ -11,10 +11,10 @@ from bigbatch.launcher import memory, step_time
 from bigbatch.launcher.cards import GIB, Card, find_card
 from bigbatch.launcher.documents import DEEPSPEED_FOLDER, find_document, read_json
 from bigbatch.launcher.memory import Memory, Workload, predict_memory, snapshot_bytes
-from bigbatch.launcher.predict import vocabulary_size
+from bigbatch.launcher.predict import vocabulary_of
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.launcher.step_time import StepTime, predict_step
-from bigbatch.recipes.core.config import RunConfig, TokenDataSection
+from bigbatch.recipes.core.config import RunConfig
 from bigbatch.recipes.core.engine_config import contradicts_sync, zero_stage
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 from bigbatch.recipes.core.models.config import DecoderSection, EncoderSection
@@ -108,19 +108,19 @@ def find_plans(resolved: Resolved, cluster: Cluster) -> Answer:
 def workload(config: Any, card: Card) -> Workload:
     """Describe a run's arithmetic; raise UserError for a model or a number format that nothing is known of."""
     model, data = getattr(config, "model", None), getattr(config, "data", None)
-    if not isinstance(model, DecoderSection | EncoderSection) or not isinstance(data, TokenDataSection):
+    if not isinstance(model, DecoderSection | EncoderSection) or data is None:
         raise UserError("recipe", f"{config.recipe!r} cannot be predicted: right is one with the native GPT or BERT")
     dtype = config.precision.dtype
     if dtype not in card.matrix_rates:
         raise UserError("precision.dtype", f"{card.name} has no {dtype}; right is {' or '.join(card.matrix_rates)}")
     return Workload(
         model,
-        vocabulary_size(data.tokenizer),
+        vocabulary_of(config),
         data.sequence_length,
         dtype,
         config.optimizer,
         config.masking.fraction if hasattr(config, "masking") else 1.0,
-        data.packing == "isolate",
+        data.packing in ("isolate", True),
         card.is_cpu,
         config.parallel.sync == "local_sgd",
         config.checkpoint.asynchronous,

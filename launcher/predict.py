@@ -158,6 +158,7 @@ class Start(NamedTuple):
     num_layers: int | None
     foreign: str | None
     """The family, where it is not one of ours."""
+    vocabulary_size: int | None
 
 
 def look_at_start(path: Path, is_decoder: bool = False) -> Start:
@@ -171,7 +172,8 @@ def look_at_start(path: Path, is_decoder: bool = False) -> Start:
         config = _read_object(path / "config.json", where)
         family = config.get("model_type")
         lengths = (config.get("max_position_embeddings"), config.get("num_hidden_layers"))
-        return Start(_stored_parameters(path, where), *lengths, None if family == "bert" else str(family))
+        foreign = None if family == "bert" else str(family)
+        return Start(_stored_parameters(path, where), *lengths, foreign, config.get("vocab_size"))
     if not checkpoints and not (path / "manifest.json").is_file():
         found = "holds no finished checkpoint" if path.is_dir() else "is not there"
         advice = f"give a run or checkpoint of {what}, or a folder that transformers has saved"
@@ -185,7 +187,8 @@ def look_at_start(path: Path, is_decoder: bool = False) -> Start:
         )
     shape = facts.get("encoder") or run["model"]
     parameters = sum(math.prod(tensor["shape"]) for tensor in tensors.values())
-    return Start(parameters, shape.get("max_positions"), shape.get("num_layers"), None)
+    lengths = (shape.get("max_positions"), shape.get("num_layers"))
+    return Start(parameters, *lengths, None, facts.get("vocabulary_size"))
 
 
 def _stored_parameters(folder: Path, where: str) -> int:
@@ -218,6 +221,14 @@ def checkpoint_bytes(parameters: int, optimizer: OptimizerSection) -> int:
     """Return the size of a checkpoint: float32 masters and the optimizer's float32 moments."""
     moments = int(optimizer.momentum > 0) if optimizer.name == "sgd" else _MOMENTS[optimizer.name]
     return 4 * (1 + moments) * parameters
+
+
+def vocabulary_of(config: Any) -> int:
+    """Return how many tokens a run's model knows: as many as its tokenizer, or as a decoder that it starts from."""
+    if config.start_brings_tokenizer and config.model.initialize_from:
+        start = look_at_start(Path(config.model.initialize_from).expanduser(), is_decoder=True)
+        return start.vocabulary_size or 0
+    return vocabulary_size(config.data.tokenizer)
 
 
 def vocabulary_size(tokenizer: TokenizerSection) -> int:

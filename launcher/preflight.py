@@ -23,6 +23,7 @@ from bigbatch.launcher.predict import (
     count_speech_parameters,
     count_vision_parameters,
     look_at_start,
+    vocabulary_of,
     vocabulary_size,
 )
 from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
@@ -38,7 +39,7 @@ from bigbatch.recipes.core.data.sources import (
 )
 from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
-from bigbatch.recipes.core.models.config import SpeechSection, VisionSection
+from bigbatch.recipes.core.models.config import DecoderSection, SpeechSection, VisionSection
 
 DOCUMENTS = ("parquet", "squad", "slots", "sgd", "smart", *IMAGE_FORMATS, *AUDIO_FORMATS)  # whose rows are not lines
 SPLITS = ("train", "validation", "test")
@@ -351,7 +352,7 @@ def _numbers(config: Any, parameters: "Parameters") -> Iterator[Finding]:
     about = "" if parameters.is_exact else "about "
     yield Finding("numbers", "info", "model", f"{about}{amount(parameters.count, '')} parameters{_active(config)}")
     total = config.batch.global_size * config.schedule.total_steps
-    if isinstance(data, TokenDataSection):
+    if isinstance(data, TokenDataSection) or isinstance(config.model, DecoderSection):
         tokens = config.batch.global_size * data.sequence_length
         message = f"{tokens:,} tokens a step, {amount(total * data.sequence_length, '')} in all"
         yield Finding("numbers", "info", "schedule.total_steps", message)
@@ -369,7 +370,7 @@ def _active(config: Any) -> str:
     """Say of a mixture of experts how many parameters each token meets."""
     if getattr(config.model, "num_experts", 1) == 1:
         return ""
-    count = count_active_parameters(config.model, vocabulary_size(config.data.tokenizer))
+    count = count_active_parameters(config.model, vocabulary_of(config))
     return f", of which {amount(count, '')} are active for a token"
 
 
@@ -392,13 +393,13 @@ def parameters_of(config: Any) -> Parameters | None:
         return Parameters(count_speech_parameters(model, len(set(units or ())) or ASSUMED_UNITS), bool(units))
     if not hasattr(data, "tokenizer"):
         return None
-    if (hasattr(model, "backbone") or config.start_brings_tokenizer) and getattr(model, "initialize_from", None):
-        start = look_at_start(Path(model.initialize_from).expanduser(), is_decoder=config.start_brings_tokenizer)
-        return Parameters(start.parameters, False)
+    if hasattr(model, "backbone") and getattr(model, "initialize_from", None):
+        return Parameters(look_at_start(Path(model.initialize_from).expanduser()).parameters, False)
     labels = len(getattr(data, "labels", ())) or getattr(config, "num_outputs", 0)
     labels = labels or 2 * (getattr(config, "sentence_task", "none") != "none")
     is_exact = data.tokenizer.kind not in ("character", "word") and (labels > 0 or not hasattr(model, "backbone"))
-    return Parameters(count_parameters(model, vocabulary_size(data.tokenizer), labels), is_exact)
+    is_exact = is_exact and not config.start_brings_tokenizer  # a chat template may add tokens
+    return Parameters(count_parameters(model, vocabulary_of(config), labels), is_exact)
 
 
 def _training_files(data: Any) -> list[SourceFile]:
@@ -409,7 +410,7 @@ def _training_files(data: Any) -> list[SourceFile]:
         return []
 
 
-def _corpus_tokens(data: TokenDataSection) -> int | None:
+def _corpus_tokens(data: Any) -> int | None:
     """Estimate the training tokens by the size of the files; None where that says nothing."""
     files = _training_files(data)
     if any(file.path.endswith(".gz") or file.format in DOCUMENTS for file in files):

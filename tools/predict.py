@@ -33,15 +33,18 @@ that matches pairs takes LEFT RIGHT in turns, or objects with both, and gives th
 words, the likeliest behind the text. One that summarizes takes documents: texts, JSON objects
 with a document, a text or a list of sentences, or a file of such; it gives a summary, and where that is chosen from the
 document its sentences, each with place and score. One that translates gives translation and score; one that judges
-translations takes SOURCE TRANSLATION in turns, or a JSON object with both, and gives quality. A model of images or
-speech takes the paths of files for texts; one of speech gives transcript and seconds. An argument that cannot be taken,
-an empty one for example, ends the command with status 2; a line of a file or of standard input gets an answer with the
-key error instead, in its place, and the number of such lines is told at the end."""
+translations takes SOURCE TRANSLATION in turns, or a JSON object with both, and gives quality. One that chats takes what
+a user says, or JSON objects with messages, and gives reply, stopped and, of a dialogue too long, how many messages it
+has left_out. A model of images or speech takes the paths of files for texts; one of speech gives transcript and
+seconds. An argument that cannot be taken, an empty one for example, ends the command with status 2; a line of a file or
+of standard input gets an answer with the key error instead, in its place, and the number of such lines is told at the
+end."""
 PAUSE_SECONDS = 0.05
 BLOCK_BYTES = 2**16
 DIGITS = 6  # of a probability
 # What is shown as it is.
-PLAIN = {"summary": "{}", "transcript": "{}", "translation": "{}", "quality": "{:.3f}", "score": "{:.3f}"}
+PLAIN = dict.fromkeys(("reply", "summary", "transcript", "translation"), "{}")
+PLAIN |= dict.fromkeys(("quality", "score"), "{:.3f}")
 NEXT_WORDS = 5  # that are shown unless --top says how many
 MOST_OF_THE_WIDTH = 0.5  # that a table's answers may take
 
@@ -307,7 +310,7 @@ def _print(items: list[Item], found: list[dict[str, Any]], output: Output) -> No
     cells = [one_line(_cell(one)) for one in answers]
     room = min(max(map(len, cells)), int(width * MOST_OF_THE_WIDTH))
     for item, cell in zip(items, cells, strict=True):
-        text = str(list(_told(item, output.fields).values())[-1])
+        text = _last_said(list(_told(item, output.fields).values())[-1])
         print(f"{_cut(cell, room):{room}}  {_cut(one_line(text), max(10, width - room - 2))}".rstrip())
     sys.stdout.flush()
 
@@ -317,6 +320,12 @@ def _told(item: Item, fields: Fields) -> dict[str, Any]:
     if isinstance(item.text, dict):
         return {name: item.text[name] for name in ("id", fields[0]) if name in item.text}
     return {"text": item.text}
+
+
+def _last_said(value: Any) -> str:
+    """Return a text, of messages the last one's."""
+    last = value[-1] if isinstance(value, list) and value else None
+    return str(last["content"] if isinstance(last, dict) and "content" in last else value)
 
 
 def _cell(one: dict[str, Any]) -> str:

@@ -252,7 +252,7 @@ def test_a_model_without_labels_is_refused_by_its_recipe(tmp_path):
     told = "is a model of the recipe 'gpt', which predicts none; right is bigbatch generate"
     assert problem_of(tmp_path / "checkpoint", "x") == f"{tmp_path}/checkpoint: {told}"
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2Model"]}')
-    assert "GPT2Model" in problem_of(tmp_path, "x")
+    assert "GPT2Model, which no recipe predicts with" in problem_of(tmp_path, "x")
 
 
 def test_a_hugging_face_folder_answers_as_transformers_does(run, tmp_path, capsys):

@@ -13,6 +13,7 @@ import sacrebleu
 import torch
 import transformers
 
+from bigbatch.launcher.preflight import check_run, has_errors
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
@@ -201,6 +202,32 @@ def test_a_converted_run_and_transformers_ask_and_reply_alike(learned, converted
     line = json.loads(capsys.readouterr().out)
     (again,) = recipe.predictor(config, data.facts, model)([{"messages": TEA}])
     assert line == {"messages": "How much is the tea on Monday?", **again}
+    (converted.parent / "asked.jsonl").write_text(
+        json.dumps({"id": 7, "messages": TEA}) + '\n{"id": 8, "messages": []}\n'
+    )
+    assert predict([str(converted), "--file", str(converted.parent / "asked.jsonl"), "--format", "table"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split("  ")[0] == again["reply"]
+    assert first.endswith("How much is the tea on Monday?")
+    assert second.startswith("error: has [] for messages; right is a list")
+
+
+def test_preflight_knows_a_run_to_start_from_and_names_one_that_is_none(trained, learned, make_document, tmp_path):
+    document = make_document(tmp_path, model={"initialize_from": str(trained / "learning_1_1")})
+    del document["data"]["tokenizer"]
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    findings = check_run(str(tmp_path / "run.json"), [], 1)
+    assert not has_errors(findings)
+    (numbers,) = [finding.message for finding in findings if finding.path == "model"]
+    assert numbers == f"about {sum(p.numel() for p in learned[2].parameters()) / 1000:.3g} k parameters"
+    findings = check_run(str(tmp_path / "run.json"), ["model.initialize_from=nowhere"], 1)
+    (error,) = [finding for finding in findings if finding.severity == "error"]
+    assert error.path == "model.initialize_from"
+    assert error.message.startswith("nowhere is not there; give a run or checkpoint of a decoder, or a folder")
+    document["data"]["tokenizer"] = {"kind": "bpe", "vocabulary_size": 300}
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    (error, *_) = check_run(str(tmp_path / "run.json"), [], 1)
+    assert error.message.endswith("model.initialize_from brings its own tokenizer; leave it out")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
