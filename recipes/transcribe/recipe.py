@@ -111,16 +111,19 @@ def edits(references: list[str], hypotheses: list[str]) -> tuple[np.ndarray, np.
 def figures(
     config: TranscribeConfig, facts: dict[str, Any], arrays: dict[str, np.ndarray], thorough: bool
 ) -> dict[str, Any]:
-    """Tell the error rates; when thorough with intervals over resampled utterances."""
-    found: dict[str, Any] = error_rates(arrays["words"], arrays["characters"])
-    if thorough:
-        generator, count = np.random.default_rng(0), len(arrays["words"])
-        drawn = [generator.integers(0, count, count) for _ in range(BOOTSTRAP_SAMPLES)]
-        rates = [error_rates(arrays["words"][rows], arrays["characters"][rows]) for rows in drawn]
-        ends = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
-        intervals = {name: np.percentile([rate[name] for rate in rates], ends).tolist() for name in found}
-        found["details"] = {"utterances": count, "intervals": intervals, "confidence": CONFIDENCE}
-    return found
+    """Tell the error rates; when thorough with intervals."""
+    words, characters = arrays["words"], arrays["characters"]
+    return error_rates(words, characters) | ({"details": _intervals(words, characters)} if thorough else {})
+
+
+def _intervals(words: np.ndarray, characters: np.ndarray) -> dict[str, Any]:
+    """Return percentiles of the error rates over resampled utterances."""
+    generator, count = np.random.default_rng(0), len(words)
+    drawn = [generator.integers(0, count, count) for _ in range(BOOTSTRAP_SAMPLES)]
+    rates = [error_rates(words[rows], characters[rows]) for rows in drawn]
+    ends = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
+    intervals = {name: np.percentile([rate[name] for rate in rates], ends).tolist() for name in rates[0]}
+    return {"utterances": count, "intervals": intervals, "confidence": CONFIDENCE}
 
 
 def error_rates(words: np.ndarray, characters: np.ndarray) -> dict[str, float]:
@@ -155,7 +158,8 @@ def generated_figures(
         texts = [_decode(config, language, model, [row[:count]]) for row, count in rows]
         parts.append(edits(_references(model, batch), texts))
     words, characters = (np.concatenate(counts) for counts in zip(*parts, strict=True))
-    return {f"beam_{name}": value for name, value in error_rates(words, characters).items()}
+    found = error_rates(words, characters) | {"details": _intervals(words, characters)}
+    return {f"beam_{name}": value for name, value in found.items()}
 
 
 def flops_per_sample(config: TranscribeConfig, facts: dict[str, Any]) -> float:
