@@ -193,6 +193,19 @@ def _has_experts(run: Any) -> bool:
     return getattr(run.model, "num_experts", 1) > 1
 
 
+def _compares(run: Any) -> bool:
+    return run.objective.loss in ("contrastive", "ranking")
+
+
+def _pools_texts(run: Any) -> bool:
+    return run.model.kind == "bi" and run.model.backbone == "encoder"
+
+
+def _in_match(has_effect: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a condition on runs of the recipe match: in others settings of the same name have effects of their own."""
+    return lambda run: run.recipe != "match" or has_effect(run)
+
+
 _EFFECTS = (
     _Effect("model.experts_per_token", _has_experts, "model.num_experts above 1"),
     _Effect("model.expert_interval", _has_experts, "model.num_experts above 1"),
@@ -236,6 +249,13 @@ _EFFECTS = (
     _Effect("data.on_leak", _has_held_out, "validation or test rows"),
     _Effect("data.label_separator", lambda run: run.data.multi_label, "data.multi_label"),
     _Effect("objective.threshold", lambda run: run.data.multi_label, "data.multi_label"),
+    _Effect("objective.temperature", _in_match(_compares), "a loss that compares pairs"),
+    _Effect("objective.symmetric", lambda run: run.objective.loss == "contrastive", "objective.loss contrastive"),
+    _Effect("objective.popularity", lambda run: run.objective.loss == "contrastive", "objective.loss contrastive"),
+    _Effect("search.bm25_weight", lambda run: run.search.fusion == "sum", "search.fusion sum"),
+    _Effect("data.rerank", lambda run: run.model.kind == "cross", "model.kind cross"),
+    _Effect("model.pooling", _in_match(_pools_texts), "a bi-encoder of kind encoder"),
+    _Effect("model.embedding_size", _in_match(lambda run: run.model.backbone == "words"), "model.backbone words"),
     _Effect("data.packing", _attends, "a model that attends"),
     _Effect("model.keep_head", _starts_from_another, "model.initialize_from"),
     _Effect("model.redraw_layers", _starts_from_another, "model.initialize_from"),

@@ -206,6 +206,8 @@ class MatchConfig(RunConfig):
             raise ValueError(f"objective.loss is {loss!r}; right for model.kind {self.model.kind!r} is {right}")
         if self.model.kind == "cross" and self.model.backbone == "words":
             raise ValueError("model.backbone is 'words'; right for model.kind 'cross' is 'encoder'")
+        if self.model.backbone == "words" and (self.model.encoder or self.model.initialize_from):
+            raise ValueError("model.backbone 'words' has no use for model.encoder and model.initialize_from")
         if loss in ("cosine", "ranking") and not data.score_column:
             raise ValueError(f"objective.loss {loss!r} needs data.score_column")
         if loss == "contrastive" and data.score_column:

@@ -99,7 +99,9 @@ def load_index(folder: Path, embed: Embed) -> Index:
         documents = [Document(**json.loads(line)) for line in lines]
         vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
         probe = np.array(facts["probe"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if len(vectors) != len(documents):
+            raise ValueError(f"{len(documents)} documents and {len(vectors)} vectors")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError("--index", f"{folder} holds no index that can be read: {error}") from None
     here = embed([PROBE])[0]
     if here.shape != probe.shape or not np.allclose(here, probe, atol=1e-3):

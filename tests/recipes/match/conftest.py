@@ -37,10 +37,16 @@ def make_pairs(count: int, seed: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> str:
+def put_lines(path: Path, rows: Iterable[dict[str, Any]]) -> str:
     """Write JSON lines; return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def write_lines() -> Callable[..., str]:
+    """Give a function that writes objects as JSON lines and returns the file's path."""
+    return put_lines
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +59,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
             "recipe": "match",
             "model": {"encoder": SHAPE},
             "data": {
-                "train": [write_lines(folder / "pairs.jsonl", make_pairs(120))],
+                "train": [put_lines(folder / "pairs.jsonl", make_pairs(120))],
                 "validation_fraction": 0.2,
                 "tokenizer": {"kind": "wordpiece", "vocabulary_size": 150},
                 "sequence_length": 32,

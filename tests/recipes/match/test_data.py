@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bigbatch.launcher.rules import broken_rules
 from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.rows import read_rows
 from bigbatch.recipes.core.data.sources import list_files
@@ -250,6 +251,20 @@ WRONG = [
 def test_settings_that_contradict_each_other_are_refused(make_document, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         configured(make_document(tmp_path, **changes))
+
+
+WITHOUT_EFFECT = [
+    ("search.bm25_weight", {"search": {"bm25_weight": 0.9}}),
+    ("data.rerank", {"data": {"rerank": 7}}),
+    ("objective.popularity", {"objective": {"loss": "ranking", "popularity": True}, "data": {"score_column": "score"}}),
+    ("model.embedding_size", {"model": {"embedding_size": 7}}),
+    ("model.pooling", {"model": {"encoder": None, "backbone": "words", "pooling": "first"}}),
+]
+
+
+@pytest.mark.parametrize(("path", "changes"), WITHOUT_EFFECT)
+def test_a_setting_without_effect_is_refused(make_document, tmp_path, path, changes):
+    assert [problem.where for problem in broken_rules(configured(make_document(tmp_path, **changes)))] == [path]
 
 
 def test_a_group_larger_than_the_data_is_refused(make_document, tmp_path):

@@ -3,6 +3,7 @@
 BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/match.json anew; say in the change why the losses differ.
 """
 
+import io
 import json
 import math
 from pathlib import Path
@@ -15,12 +16,14 @@ from scipy import stats
 
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
+from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.match import recipe
 from bigbatch.recipes.match.config import MatchConfig
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
+from bigbatch.tools.search import main as search
 
 STEPS, GROUPS, SEED, LEARNING_RATE, TEMPERATURE = 5, 4, 3, 5e-3, 0.05
 STAGES, RANKS = (0, 1, 2, 3), (1, 2)
@@ -210,6 +213,59 @@ def test_a_converted_cross_encoder_scores_as_it_does_here(trained, tmp_path, cap
         assert predict([str(folder), *pair]) == 0
         scores.append(json.loads(capsys.readouterr().out)["score"])
     assert scores == pytest.approx([3 / (1 + math.exp(-logit))] * 2, abs=1e-5)
+
+
+def test_an_earlier_run_mines_negatives_and_searches_its_own_documents(trained, make_document, tmp_path, capsys):
+    earlier = trained / "learned_2_1"
+    document = make_document(tmp_path, data={"mining": {"count": 2, "by": str(earlier)}})
+    config = MatchConfig.model_validate_json(json.dumps(document))
+    folder = recipe.prepare(config)
+    pairs, texts = Examples(folder, "train"), Examples(folder, "train_texts")
+    embed = recipe.encoder_of(*recipe.open_run(earlier, ""))
+    rights = np.flatnonzero(texts.numbers("is_right"))
+    left, right = (pairs.numbers(side)[0] for side in ("left", "right"))
+    cosines = embed(texts.texts("text", rights)) @ embed(texts.texts("text", np.array([left])))[0]
+    nearest = [number for number in rights[np.argsort(-cosines)].tolist() if number != right]
+    assert pairs.lists("negatives", np.array([0]))[0].tolist() == nearest[:2]
+    capsys.readouterr()
+    assert search([str(earlier), "red rose, garden", "--by", "model", "--top", "2"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(json.loads(line)["hits"]) == 2
+
+
+def test_search_makes_an_index_of_a_file_and_answers_from_it(trained, write_lines, tmp_path, monkeypatch, capsys):
+    model, index = str(trained / "words_1_0"), ["--index", str(tmp_path / "index")]
+    texts = ("red rose garden", "blue wall garden", "old oven")
+    file = write_lines(tmp_path / "documents.jsonl", ({"id": f"d{n}", "text": text} for n, text in enumerate(texts)))
+    assert search([model, "--documents", file, *index]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"3 documents in {tmp_path / 'index'}\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("garden wall\nold oven\n"))
+    assert search([model, *index, "--top", "1", "--by", "words"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["query"] for line in found] == ["garden wall", "old oven"]
+    assert [hit["id"] for line in found for hit in line["hits"]] == ["d1", "d2"]
+    assert search([model, "old oven", *index, "--top", "1", "--format", "table"]) == 0
+    assert capsys.readouterr().out.split() == ["0.0328", "d2", "old", "oven"]
+    with pytest.raises(UserError, match="exists already; leave --documents out, or name another folder"):
+        search([model, "--documents", file, *index])
+    with pytest.raises(UserError, match="QUERY: is empty"):
+        search([model, " ", *index])
+
+
+def test_lines_of_text_are_numbered_and_an_id_that_comes_twice_is_told(trained, write_lines, tmp_path, capsys):
+    model = str(trained / "words_1_0")
+    (tmp_path / "documents.txt").write_text("red rose\nold oven\n")
+    assert search([model, "old oven", "--documents", str(tmp_path / "documents.txt"), "--top", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["hits"][0]["id"] == "2"
+    twice = write_lines(tmp_path / "twice.jsonl", [{"id": 1, "text": "a"}, {"id": 1, "text": "b"}])
+    with pytest.raises(UserError, match=r"twice.jsonl:2: has the id '1', as an earlier one has"):
+        search([model, "old oven", "--documents", twice])
+
+
+def test_a_cross_encoder_cannot_search(trained):
+    with pytest.raises(UserError, match="gives texts no vectors of their own; right is a bi-encoder"):
+        search([str(trained / "cross_1_0"), "red rose"])
 
 
 def test_a_bag_of_words_is_refused_by_convert_in_one_line(trained, tmp_path):
