@@ -76,8 +76,7 @@ def generated_figures(
     folder = Path(facts["tokenizer"])
     chat = open_chat(folder)
     asked = data.replies_of(samples.examples, config.sample.evaluated_replies)
-    room = config.model.max_positions - config.sample.max_new_tokens
-    requests = [reply.request.tolist()[-room:] for reply in asked]
+    requests = [reply.request.tolist()[-_room(config) :] for reply in asked]
     sampling = Sampling(config.sample.max_new_tokens, temperature=0.0, stop_tokens=(facts["end_of_text"],))
     written = [completion for completion, _ in _reply(chat, model, requests, sampling)]
     references = [reply.content for reply in asked]
@@ -149,13 +148,17 @@ def _requests(
 
     A dialogue is a list of messages, or what a user says.
     """
-    positions = config.model.max_positions
-    room = positions - min(config.sample.max_new_tokens, positions // 2)
     given = [[{"role": "user", "content": item}] if isinstance(item, str) else item for item in dialogues]
     try:
-        return [fit_request(chat, check_messages(messages, chat), room) for messages in given]
+        return [fit_request(chat, check_messages(messages, chat), _room(config)) for messages in given]
     except ValueError as error:
         raise UserError(where, str(error)) from None
+
+
+def _room(config: DialogueConfig) -> int:
+    """Return how many tokens may ask for a reply: it is given half of the positions at most."""
+    positions = config.model.max_positions
+    return positions - min(config.sample.max_new_tokens, positions // 2)
 
 
 def _reply(chat: Chat, model: Decoder, requests: list[list[int]], sampling: Sampling) -> list[tuple[str, Completion]]:
