@@ -20,11 +20,12 @@ from bigbatch.recipes.core.data.rows import read_rows
 from bigbatch.recipes.core.data.sources import list_files
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 from bigbatch.recipes.core.run_home import enter_home
+from bigbatch.recipes.core.train import DTYPES
 from bigbatch.recipes.translate import recipe
 from bigbatch.recipes.translate.config import TranslateConfig
 from bigbatch.recipes.translate.translating import judge_each, open_translator, translate
 
-PAIRS_AT_ONCE = 1024
+PAIRS_AT_ONCE = 512
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +43,9 @@ def main(argv: list[str]) -> int:
     facts = reader.manifest["facts"]
     model: Any = recipe.build_model(config, facts, initialize=False)
     fill(reader, model)
-    parts = open_translator(facts, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config.search)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device, DTYPES[config.precision.dtype]).eval()  # as evaluate does
+    parts = open_translator(facts, model, config.search)
     pairs = _pairs_of_files(files) if files else _pairs_of_split(config, arguments.split)
     pairs = pairs[: arguments.max_pairs]
     for begin in range(0, len(pairs), PAIRS_AT_ONCE):

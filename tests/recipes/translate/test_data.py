@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from bigbatch.launcher.preflight import check_run
-from bigbatch.recipes.core.data.number_words import NUM_PAIRS, english, german, number_pairs
-from bigbatch.recipes.core.data.packing import first_fit_pairs
+from bigbatch.recipes.core.data.number_words import english, german
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.translate import data
 from bigbatch.recipes.translate.config import PairDataSection
@@ -55,16 +54,6 @@ def test_every_pair_stands_once_in_the_rows_and_is_read_back_from_them(tmp_path)
     others = samples_of(settings, seed=1)
     assert others.fingerprint != samples.fingerprint
     assert not np.array_equal(others.pairs, samples.pairs)
-
-
-def test_rows_of_pairs_overflow_on_neither_side_and_are_few():
-    lengths = np.random.default_rng(1).integers(1, 30, (1000, 2))
-    rows = first_fit_pairs(lengths, 32, block_pairs=300)
-    totals = np.zeros((rows.max() + 1, 2), np.int64)
-    np.add.at(totals, rows, lengths)
-    assert totals.min() > 0
-    assert totals.max() <= 32
-    assert len(totals) < 1.25 * lengths.sum(0).max() / 32
 
 
 def test_tables_with_scores_give_a_pair_a_row_with_its_score(tmp_path):
@@ -125,28 +114,3 @@ def test_preflight_knows_the_columns_of_parallel_files_and_that_pairs_share_samp
     (found,) = [finding for finding in findings if finding.severity == "error"]
     assert found.path == "data.target_column"
     assert found.message.endswith('has no column "english"; there are: "source", "target"')
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (0, ("null", "zero")),
-        (1, ("eins", "one")),
-        (16, ("sechzehn", "sixteen")),
-        (101, ("einhunderteins", "one hundred and one")),
-        (30_021, ("dreißigtausendeinundzwanzig", "thirty thousand and twenty-one")),
-        (
-            471_866,
-            (
-                "vierhunderteinundsiebzigtausendachthundertsechsundsechzig",
-                "four hundred and seventy-one thousand eight hundred and sixty-six",
-            ),
-        ),
-    ],
-)
-def test_numbers_are_spelled_as_people_spell_them(number, words):
-    assert (german(number), english(number)) == words
-
-
-def test_no_number_is_there_twice():
-    assert len({pair["source"] for pair in number_pairs()}) == NUM_PAIRS

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch.recipes.core.data.packing import cut_windows, first_fit, lay_out, truncated
+from bigbatch.recipes.core.data.packing import cut_windows, first_fit, first_fit_pairs, lay_out, truncated
 
 FIRST, LAST = 1, 2
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -86,3 +86,13 @@ def test_a_cut_text_keeps_its_beginning_and_its_last_token(length, limit):
     assert len(cut) == min(len(text), limit)
     assert cut[-1] == LAST
     assert (cut[:-1] == text[: len(cut) - 1]).all()
+
+
+def test_rows_of_pairs_overflow_on_neither_side_and_are_few():
+    lengths = np.random.default_rng(1).integers(1, 30, (1000, 2))
+    rows = first_fit_pairs(lengths, 32, block_pairs=300)
+    totals = np.zeros((rows.max() + 1, 2), np.int64)
+    np.add.at(totals, rows, lengths)
+    assert totals.min() > 0
+    assert totals.max() <= 32
+    assert len(totals) < 1.25 * lengths.sum(0).max() / 32
