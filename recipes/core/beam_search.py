@@ -76,28 +76,29 @@ def beam_search(
 def _search(
     model: Model, prompts: Tokens, search: Search, sources: Tokens | None
 ) -> list[list[tuple[float, list[int]]]]:
-    num_prompts, width = len(prompts), search.num_beams
+    width, found = search.num_beams, [[] for _ in prompts]
     limit = min(search.max_new_tokens, model.section.max_positions - max(map(len, prompts)))
     if limit < 1 or not all(map(len, prompts)):
         lengths = f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens"
         raise UserError("prompt", f"found {lengths}; right is one or more, and less than {model.section.max_positions}")
     logits, cache = read_prompts(model, prompts, limit, width, sources)
-    device = logits.device
-    scores = torch.full((num_prompts, width), NONE, device=device)
+    scores = torch.full((len(prompts), width), NONE, device=logits.device)
     scores[:, 0] = 0  # all beams begin as one
-    running = torch.zeros(num_prompts, width, 0, dtype=torch.long, device=device)
-    beams = _Beams(running, scores, [[] for _ in prompts], torch.ones(num_prompts, dtype=torch.bool, device=device))
+    running = torch.zeros(len(prompts), width, 0, dtype=torch.long, device=logits.device)
+    beams = _Beams(running, scores, found, scores[:, 0] == 0)
     for length in range(1, limit + 1):
-        chances = logits.float().log_softmax(-1).view(num_prompts, width, -1)
+        chances = logits.float().log_softmax(-1).unflatten(0, (-1, width))
         _forbid(chances, beams.running, prompts, search)
         beams, origins = _step(beams, chances, length, length == limit, search)
-        if not bool(beams.is_open.any()):
+        is_open = beams.is_open.nonzero().flatten()  # the others take no more time
+        if length == limit or not len(is_open):
             break
-        if length < limit:
-            rows = origins + torch.arange(num_prompts, device=device).unsqueeze(1) * width
-            cache.select(rows.flatten())
-            logits = next_logits(model, beams.running[..., -1].reshape(-1, 1), cache)
-    return beams.ended
+        cache.select((origins[is_open] + is_open.unsqueeze(1) * width).flatten())
+        numbers = is_open.tolist()
+        prompts, ended = [prompts[number] for number in numbers], [beams.ended[number] for number in numbers]
+        beams = _Beams(beams.running[is_open], beams.running_scores[is_open], ended, beams.is_open[is_open])
+        logits = next_logits(model, beams.running[..., -1].reshape(-1, 1), cache)
+    return found
 
 
 def _step(

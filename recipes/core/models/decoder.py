@@ -355,8 +355,12 @@ class KeyValueCache:
             self.padding = self.padding.repeat_interleave(num_samples)
 
     def select(self, rows: torch.Tensor) -> None:
-        """Let each row go on as another one [B] has begun, one of the same padding."""
-        self.states[..., : self.length, :] = self.states[..., : self.length, :].index_select(2, rows)
+        """Let each row go on as another one [B] has begun; there may be fewer."""
+        kept = self.states[..., : self.length, :].index_select(2, rows)
+        self.states = self.states[:, :, : len(rows)]
+        self.states[..., : self.length, :] = kept
+        if self.padding is not None:
+            self.padding = self.padding[rows]
 
 
 def _positions(tokens: torch.Tensor, documents: torch.Tensor | None, cache: KeyValueCache | None) -> torch.Tensor:

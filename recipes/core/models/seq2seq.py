@@ -275,17 +275,17 @@ class Seq2SeqCache:
     def repeat(self, num_samples: int) -> None:
         """Continue each row in several ways."""
         self.own.repeat(num_samples)
-        self.source, self.source_mask = (
-            kept.repeat_interleave(num_samples, dim=0) for kept in (self.source, self.source_mask)
-        )
-        self.of_source = {
-            layer: tuple(kept.repeat_interleave(num_samples, dim=0) for kept in pair)
-            for layer, pair in self.of_source.items()
-        }
+        self._change(lambda kept: kept.repeat_interleave(num_samples, dim=0))
 
     def select(self, rows: torch.Tensor) -> None:
-        """Let each row go on as another one [B] has begun, one of the same source."""
+        """Let each row go on as another one [B] has begun, where they are as many one of the same source."""
         self.own.select(rows)
+        if len(rows) < len(self.source):
+            self._change(lambda kept: kept[rows])
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.source, self.source_mask = change(self.source), change(self.source_mask)
+        self.of_source = {layer: tuple(map(change, pair)) for layer, pair in self.of_source.items()}
 
 
 def sines(positions: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
