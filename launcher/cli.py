@@ -397,6 +397,7 @@ TOOLS = {
     "chat": ("chat", "Talk with a model in the terminal."),
     "predict": ("predict", "Tell of which kind texts are: label and probability."),
     "search": ("search", "Find the documents that match a query best."),
+    "triples": ("triples", "Find what texts say: subject, relation and object, as JSON lines or N-Triples."),
     "checkpoint": ("inspect", "List (ls), verify, compare (diff) or remove (gc) checkpoints."),
     "convert": ("convert", "Turn a run's checkpoint into a Hugging Face folder, compared before it counts as done."),
     "import-deepspeed": ("import_deepspeed", "Turn a checkpoint of DeepSpeed's own into a safetensors folder."),

@@ -19,6 +19,8 @@ from bigbatch.recipes.core.models.config import (
 )
 
 ASSUMED_CHARACTERS, ASSUMED_WORDS = 256, 30_000  # how many different ones a text has is not known before it is read
+ASSUMED_LABELS = 20  # each hashed feature has a weight for every one
+LETTERS, DISTANCES = 512, 122  # of which words have a vector each (recipes/extract)
 
 SEQ2SEQ_POSITION_OFFSET = 2  # of recipes/core/models/seq2seq.py, which needs torch
 
@@ -50,6 +52,8 @@ def count_parameters(model: Any, vocabulary_size: int, num_labels: int = 0) -> i
 
 def _backbone(model: Any, vocabulary_size: int) -> tuple[int, int]:
     """Return how many parameters a classifier's backbone has, and the size of the features that it gives."""
+    if model.backbone == "words" and hasattr(model, "feature_buckets"):
+        return _words(model, vocabulary_size), 2 * model.hidden_size if model.num_layers else model.embedding_size
     if model.backbone == "words":
         return vocabulary_size * model.embedding_size, model.embedding_size
     if model.backbone == "encoder":
@@ -81,6 +85,18 @@ def _seq2seq(model: Seq2SeqSection, vocabulary_size: int, judges: bool) -> int:
         outer += 4 * hidden
     judging = (2 * hidden + 1) * hidden + hidden + hidden + 2 if judges else 0
     return outer + layers + judging
+
+
+def _words(model: Any, vocabulary_size: int) -> int:
+    """Count vectors of words, letters and distances, the layers over them, and the weights of hashed features."""
+    letters = model.character_size and LETTERS * model.character_size
+    filters = model.character_size and (3 * model.character_size + 1) * model.character_filters
+    distances = DISTANCES * model.position_size
+    size = model.embedding_size + (model.character_size and model.character_filters)
+    gates, widths = (4 if model.cell == "lstm" else 3), [size] + [2 * model.hidden_size] * (model.num_layers - 1)
+    layers = [2 * gates * model.hidden_size * (width + model.hidden_size + 2) for width in widths[: model.num_layers]]
+    features = model.feature_buckets * ASSUMED_LABELS
+    return vocabulary_size * model.embedding_size + letters + filters + distances + sum(layers) + features
 
 
 def _recurrent(cell: str, widths: list[int]) -> int:

@@ -41,7 +41,8 @@ from bigbatch.recipes.core.engine_config import complete, count_data_ranks
 from bigbatch.recipes.core.errors import UserError, one_line
 from bigbatch.recipes.core.models.config import DecoderSection, SpeechSection, VisionSection
 
-DOCUMENTS = ("parquet", "squad", "slots", "sgd", "smart", *IMAGE_FORMATS, *AUDIO_FORMATS)  # whose rows are not lines
+# Whose rows are not lines.
+DOCUMENTS = ("parquet", "squad", "slots", "sgd", "smart", "conll", "semeval", *IMAGE_FORMATS, *AUDIO_FORMATS)
 SPLITS = ("train", "validation", "test")
 ASSUMED_UNITS = 28  # of an alphabet that the transcripts will tell
 BYTES_PER_TOKEN = 4  # of English text under a byte-pair encoding, roughly
@@ -182,6 +183,8 @@ def _wanted_columns(data: Any, file: SourceFile) -> dict[str, str]:
     """Return each column that is going to be read, and the setting that asks for it."""
     if hasattr(data, "columns"):
         wanted = data.columns
+    elif hasattr(data, "columns_of"):
+        wanted = data.columns_of(file.format)
     else:  # texts without columns are taken whatever the key is
         has_columns = file.format != "txt" and (file.format != "lines" or file.table.pattern)
         wanted = {data.text_key: "data.text_key"} if has_columns else {}

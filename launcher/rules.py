@@ -164,7 +164,16 @@ def _has_words(run: Any) -> bool:
 
 
 def _attends(run: Any) -> bool:
-    return getattr(run.model, "backbone", None) != "rnn" and getattr(run.model, "kind", None) not in ("rnn", "ngram")
+    kinds = (getattr(run.model, "backbone", None), getattr(run.model, "kind", None))
+    return not set(kinds) & {"rnn", "words", "ngram"}
+
+
+def _tags_words(run: Any) -> bool:
+    return run.data.task == "entities"
+
+
+def _relates_pairs(run: Any) -> bool:
+    return run.data.task == "relations"
 
 
 def _has_inner_layers(run: Any) -> bool:
@@ -257,6 +266,12 @@ _EFFECTS = (
     _Effect("model.pooling", _in_match(_pools_texts), "a bi-encoder of kind encoder"),
     _Effect("model.embedding_size", _in_match(lambda run: run.model.backbone == "words"), "model.backbone words"),
     _Effect("data.packing", _attends, "a model that attends"),
+    *(_Effect(name, _tags_words, "data.task entities") for name in ("model.crf", "data.scheme", "data.tokens_column")),
+    _Effect("data.tags_column", lambda run: run.data.tokens_column, "data.tokens_column"),
+    _Effect("model.position_size", _relates_pairs, "data.task relations"),
+    *(_Effect(f"data.{name}", _relates_pairs, "data.task relations") for name in ("relation_column", "no_relation")),
+    _Effect("model.feature_dropout", lambda run: run.model.feature_buckets > 0, "model.feature_buckets above 0"),
+    _Effect("model.character_filters", lambda run: run.model.character_size > 0, "model.character_size above 0"),
     _Effect("model.keep_head", _starts_from_another, "model.initialize_from"),
     _Effect("model.redraw_layers", _starts_from_another, "model.initialize_from"),
     _Effect("augment.magnitude", lambda run: run.augment.random_operations > 0, "augment.random_operations above 0"),

@@ -29,8 +29,9 @@ probabilities; where a text may have any number of labels, labels alone, those t
 questions takes QUESTION CONTEXT in turns, or a JSON object with both a line, or a file of such or in SQuAD's format; a
 line of its answers holds id (where given), question, answer, start and end (characters of the context; "" and null for
 no answer), probability, null_score (by how much no answer is better than the best), with --top also candidates. A model
-that matches pairs takes LEFT RIGHT in turns, or objects with both, and gives their score. One of the next word gives
-words, the likeliest behind the text. One that summarizes takes documents: texts, JSON objects
+that finds entities gives entities: text, type, start and end; one of relations takes texts with <e1>...</e1> and
+<e2>...</e2> in them. One that matches pairs takes LEFT RIGHT in turns, or objects with both, and gives their score. One
+of the next word gives words, the likeliest behind the text. One that summarizes takes documents: texts, JSON objects
 with a document, a text or a list of sentences, or a file of such; it gives a summary, and where that is chosen from the
 document its sentences, each with place and score. One that translates gives translation and score; one that judges
 translations takes SOURCE TRANSLATION in turns, or a JSON object with both, and gives quality. One that chats takes what
@@ -70,9 +71,9 @@ def main(argv: list[str]) -> int:
     output = Output(fields, arguments.top, table)
     if file:
         items = read_file(files, arguments.text_column, fields)
-        _answer_stream(predict, _batched(items, arguments.batch_size), output)
+        _answer_stream(predict, batched(items, arguments.batch_size), output)
     elif arguments.texts and arguments.texts != ["-"]:
-        _answer_arguments(predict, _batched(_as_items(arguments.texts, fields), arguments.batch_size), output)
+        _answer_arguments(predict, batched(_as_items(arguments.texts, fields), arguments.batch_size), output)
     else:
         lines = lines_as_they_come(sys.stdin.fileno(), arguments.batch_size)
         _answer_stream(predict, ([_as_object(item, fields) for item in items] for items in lines), output)
@@ -269,7 +270,8 @@ def _decoded(line: bytes) -> Item:
         return Item(line.decode(errors="replace"), f"is not UTF-8: the first wrong byte is at offset {error.start}")
 
 
-def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield items, so many at once."""
     left = iter(items)
     while batch := list(islice(left, size)):
         yield batch
@@ -335,12 +337,19 @@ def _cell(one: dict[str, Any]) -> str:
         return PLAIN[name].format(one[name]) or "-"
     if "answer" in one:
         return f"{one['answer'] or '-'} {one['probability']:.1%}"
+    shown = _listed(one)
+    return json.dumps(one, ensure_ascii=False) if shown is None else ", ".join(shown) or "-"
+
+
+def _listed(one: dict[str, Any]) -> list[str] | None:
+    if "entities" in one:
+        return [f"{entity['text']} ({entity['type']})" for entity in one["entities"]]
     if "words" in one:
-        return ", ".join(f"{item['word']!r} {item['probability']:.1%}" for item in one["words"])
+        return [f"{item['word']!r} {item['probability']:.1%}" for item in one["words"]]
     labels = one.get("labels", [one] if "label" in one else None)
     if labels is None:
-        return json.dumps(one, ensure_ascii=False)
-    return ", ".join(f"{item['label']} {item['probability']:.1%}" for item in labels) or "-"
+        return None
+    return [f"{item['label']} {item['probability']:.1%}" for item in labels]
 
 
 def _cut(text: str, width: int) -> str:

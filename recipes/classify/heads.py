@@ -6,18 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bigbatch.recipes.core.checkpoint import open_checkpoint
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.hugging_face import read_json
-from bigbatch.recipes.core.start import CONFIG_FILE, WHERE
-
-
-def read_labels(path: Path) -> list[str]:
-    """Return the labels of the head in a folder or checkpoint; none where it has no head."""
-    if (path / CONFIG_FILE).is_file():
-        table = read_json(path / CONFIG_FILE).get("id2label") or {}
-        return [table[key] for key in sorted(table, key=int)]
-    return open_checkpoint(path).manifest["facts"].get("labels", [])
+from bigbatch.recipes.core.models.hugging_face import label_tables
+from bigbatch.recipes.core.start import WHERE, check_labels
 
 
 def build_other(
@@ -54,18 +45,6 @@ def build_other(
         if not name.startswith(model.base_model_prefix) and hasattr(module, "reset_parameters"):
             module.reset_parameters()
     return model
-
-
-def check_labels(theirs: list[str], labels: list[str], folder: Path) -> None:
-    """Raise UserError unless a head that is to be kept is for the labels at hand."""
-    if theirs != labels:
-        shown = ", ".join(theirs[:5]) or "none"
-        raise UserError("model.keep_head", f"the head in {folder} is for other labels ({shown}, ...); right is false")
-
-
-def label_tables(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
-    """Return id2label and label2id as config.json has them."""
-    return dict(enumerate(labels)), {label: index for index, label in enumerate(labels)}
 
 
 def problem_type(multi_label: bool) -> Literal["multi_label_classification", "single_label_classification"]:

@@ -12,11 +12,11 @@ from torch import nn
 
 from bigbatch.recipes.classify.backbones import AttentionBackbone, RecurrentBackbone
 from bigbatch.recipes.classify.config import ClassifyConfig
-from bigbatch.recipes.classify.heads import build_other, check_labels, read_labels
+from bigbatch.recipes.classify.heads import build_other
 from bigbatch.recipes.core.layers import Linear
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Encoder, Pooler
-from bigbatch.recipes.core.start import read_head, start_encoder
+from bigbatch.recipes.core.start import check_labels, read_head, read_labels, start_encoder
 
 HEAD_RANGE = 0.02
 

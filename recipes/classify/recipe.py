@@ -11,7 +11,7 @@ from torch import nn
 
 from bigbatch.recipes.classify import data
 from bigbatch.recipes.classify.config import ClassifyConfig, ObjectiveSection
-from bigbatch.recipes.classify.heads import label_tables, problem_type
+from bigbatch.recipes.classify.heads import problem_type
 from bigbatch.recipes.classify.models import build_classifier
 from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.clean import clean
@@ -20,7 +20,7 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.metrics import classification_figures
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
-from bigbatch.recipes.core.models.hugging_face import Piece, read_json
+from bigbatch.recipes.core.models.hugging_face import Piece, label_tables, read_json
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import Start, find_start
 

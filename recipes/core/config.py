@@ -66,11 +66,16 @@ class TableSource(Section):
 
     path: str
     """A file, folder, glob or `hf:NAME[:CONFIG[:SPLIT]]`; `ARCHIVE.zip!MEMBER` is a file in an archive."""
-    format: Literal["txt", "lines", "csv", "tsv", "jsonl", "parquet", "squad", "slots", "sgd", "smart"] | None = None
+    format: (
+        Literal["txt", "lines", "csv", "tsv", "jsonl", "parquet", "squad", "slots", "sgd", "smart", "conll", "semeval"]
+        | None
+    ) = None
     """By default what the file's name ends with. `lines`: a row is a line of text, in the column `text`. `squad`: a
     .json document of questions; `slots`: one of utterances and the spans of their slots, each slot a question;
     `sgd`: one of Schema-Guided Dialogues, each in the column `messages`. `smart`: records that begin with
-    `.I ID`, with fields behind `.T` and the like as columns of those letters; `number` counts the records."""
+    `.I ID`, with fields behind `.T` and the like as columns of those letters; `number` counts the records. `conll`: a
+    word and its tag a line, a blank line behind each sentence. `semeval`: sentences with two marked entities and their
+    relation, as SemEval-2010 task 8 has them."""
     encoding: str = "utf-8"
     columns: tuple[str, ...] = ()
     """csv and tsv: the columns' names, where the first row does not hold them."""

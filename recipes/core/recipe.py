@@ -203,7 +203,10 @@ def find(name: str) -> Any:
 
 
 def of_folder(folder: Path) -> str:
-    """Return the recipe whose `open_folder` opens a Hugging Face folder; raise UserError where none does."""
+    """Return the recipe whose `open_folder` opens a Hugging Face folder: the one that wrote it, else by its class.
+
+    Raises UserError where none does.
+    """
     try:
         document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture = (document.get("architectures") or ["a model of no class"])[0]

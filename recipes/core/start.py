@@ -144,6 +144,21 @@ def read_head(path: Path, theirs: str) -> dict[str, torch.Tensor]:
     return {name: read(f"{prefix}.{name}") for name in ("weight", "bias") if f"{prefix}.{name}" in there}
 
 
+def read_labels(path: Path) -> list[str]:
+    """Return the labels of the head in a folder or checkpoint; none where it has no head."""
+    if (path / CONFIG_FILE).is_file():
+        table = read_json(path / CONFIG_FILE).get("id2label") or {}
+        return [table[key] for key in sorted(table, key=int)]
+    return open_checkpoint(path).manifest["facts"].get("labels", [])
+
+
+def check_labels(theirs: list[str], labels: list[str], folder: Path) -> None:
+    """Raise UserError unless a head that is to be kept is for the labels at hand."""
+    if theirs != labels:
+        shown = ", ".join(theirs[:5]) or "none"
+        raise UserError("model.keep_head", f"the head in {folder} is for other labels ({shown}, ...); right is false")
+
+
 def read_tensor(reader: Reader, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Read a tensor of a checkpoint; raise UserError where it is missing or has another shape."""
     if name not in reader.tensors:

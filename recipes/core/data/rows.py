@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
+from bigbatch.recipes.core.data.annotations import RELATION_COLUMNS, SENTENCE_COLUMNS, conll_rows, semeval_rows
 from bigbatch.recipes.core.data.dialogues import SGD_COLUMNS, sgd_rows
 from bigbatch.recipes.core.data.manifest import hash_of
 from bigbatch.recipes.core.data.number_words import NUMBER_COLUMNS, number_pairs
@@ -39,6 +40,7 @@ from bigbatch.recipes.core.data.sources import (
     locate,
     parts_of,
 )
+from bigbatch.recipes.core.data.stdlib_facts import ENTITY_COLUMNS, PAIR_COLUMNS, stdlib_entities, stdlib_pairs
 from bigbatch.recipes.core.data.stdlib_text import (
     DIALOGUE_COLUMNS,
     FUNCTION_COLUMNS,
@@ -221,6 +223,14 @@ def _read_document(file: SourceFile, columns: Columns) -> Iterator[Row]:
         yield Row({name: values[name] for name in columns}, f"{file.path}:{place}", 1.0)
 
 
+def _read_annotations(file: SourceFile, columns: Columns) -> Iterator[Row]:
+    known, rows = (SENTENCE_COLUMNS, conll_rows) if file.format == "conll" else (RELATION_COLUMNS, semeval_rows)
+    _require(columns, known, file.path)
+    with _opened(file) as (stream, fraction):
+        for values, number in rows(_lines(stream, file)):
+            yield Row({name: values[name] for name in columns}, f"{file.path}:{number}", fraction())
+
+
 def _read_csv(file: SourceFile, columns: Columns) -> Iterator[Row]:
     csv.field_size_limit(LARGEST_FIELD_CHARACTERS)
     # Tab-separated files have no quoting: a quotation mark at the start of a field is part of the text.
@@ -286,6 +296,8 @@ _STDLIB_ROWS = {
     "functions": (FUNCTION_COLUMNS, stdlib_functions),
     "modules": (MODULE_COLUMNS, stdlib_modules),
     "imports": (IMPORT_COLUMNS, stdlib_imports),
+    "entities": (ENTITY_COLUMNS, stdlib_entities),
+    "relations": (PAIR_COLUMNS, stdlib_pairs),
 }
 
 
@@ -348,6 +360,8 @@ _READERS: dict[str, Callable[[SourceFile, Columns], Iterator[Row]]] = {
     "squad": _read_document,
     "slots": _read_document,
     "sgd": _read_document,
+    "conll": _read_annotations,
+    "semeval": _read_annotations,
     "hf": _read_hugging_face,
     "stdlib": _read_stdlib,
     "docstrings": _read_docstrings,

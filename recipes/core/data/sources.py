@@ -20,7 +20,8 @@ from bigbatch.recipes.core.data.stdlib_text import stdlib_files
 from bigbatch.recipes.core.errors import UserError
 
 # source -> format
-_STDLIB_ROWS = ("docstrings", "questions", "dialogues", "summaries", "functions", "modules", "imports")
+_TEXT_ROWS = ("docstrings", "questions", "dialogues", "summaries", "functions", "modules", "imports")
+_STDLIB_ROWS = (*_TEXT_ROWS, "entities", "relations")
 PYTHON = {f"python:{kind}": kind for kind in ("stdlib", *_STDLIB_ROWS)}
 HUGGING_FACE = "hf:"
 DATA_ROOT_VARIABLE = "BIGBATCH_DATA"
@@ -217,6 +218,8 @@ _OPTIONS = {
     "sgd": {"format", "encoding", *_ROW_OPTIONS},
     "parallel": {"target", "encoding", *_ROW_OPTIONS},
     "numbers": _ROW_OPTIONS,
+    "conll": {"format", "encoding", *_ROW_OPTIONS},
+    "semeval": {"format", "encoding", *_ROW_OPTIONS},
     "smart": {"format", "encoding", *_ROW_OPTIONS},
     "hf": _ROW_OPTIONS,
     "stdlib": {"constants"},

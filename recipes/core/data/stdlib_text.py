@@ -9,7 +9,7 @@ import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigbatch.recipes.core.data.clean import units
 
@@ -64,6 +64,33 @@ def stdlib_questions(path: Path) -> Iterator[dict[str, Any]]:
     parameters is, which parameter stands behind it, and what the function returns. Without an answer are those for a
     parameter that has no default, or none behind it, and where the paragraph says nothing of returning.
     """
+    for found in documented_functions(path):
+        context, parameters = f"{found.signature}\n{found.summary}", found.parameters
+        returned = _RETURN.search(context, len(found.signature))
+        asked = [("return", f"What does {found.name} return?", returned and returned.span("what"))]
+        for (name, _, default), behind in zip(parameters[:MOST_PARAMETERS], [*parameters[1:], None], strict=False):
+            asked.append(("default", f"What is the default of {name}?", default))
+            asked.append(("behind", f"Which parameter stands behind {name}?", behind and behind[1]))
+        for number, (kind, question, span) in enumerate(asked):
+            answers = [{"start": span[0], "end": span[1]}] if span else []
+            values = (f"{path.name}:{found.line}:{number}", kind, question, context, answers)
+            yield dict(zip(QUESTION_COLUMNS, values, strict=True))
+
+
+class Function(NamedTuple):
+    """A function with a docstring, of two parameters or more beside `self`."""
+
+    name: str
+    line: int
+    signature: str
+    parameters: list[tuple[str, tuple[int, int], tuple[int, int] | None]]
+    """Names, each with its characters in the signature and those of its default."""
+    summary: str
+    """The docstring's first paragraph."""
+
+
+def documented_functions(path: Path) -> Iterator[Function]:
+    """Yield the documented functions of a file whose signatures are neither trivial nor endless."""
     tree = _parse(path)
     for node in ast.walk(tree) if tree else ():
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or not (docstring := ast.get_docstring(node)):
@@ -71,16 +98,7 @@ def stdlib_questions(path: Path) -> Iterator[dict[str, Any]]:
         signature, parameters = _signature(node)
         if len(parameters) < 2 or len(signature) > LONGEST_SIGNATURE:  # nothing to choose among, or too much
             continue
-        context = f"{signature}\n{' '.join(docstring.split(chr(10) * 2)[0].split())}"
-        returned = _RETURN.search(context, len(signature))
-        asked = [("return", f"What does {node.name} return?", returned and returned.span("what"))]
-        for (name, _, default), behind in zip(parameters[:MOST_PARAMETERS], [*parameters[1:], None], strict=False):
-            asked.append(("default", f"What is the default of {name}?", default))
-            asked.append(("behind", f"Which parameter stands behind {name}?", behind and behind[1]))
-        for number, (kind, question, span) in enumerate(asked):
-            answers = [{"start": span[0], "end": span[1]}] if span else []
-            values = (f"{path.name}:{node.lineno}:{number}", kind, question, context, answers)
-            yield dict(zip(QUESTION_COLUMNS, values, strict=True))
+        yield Function(node.name, node.lineno, signature, parameters, " ".join(docstring.split(chr(10) * 2)[0].split()))
 
 
 def stdlib_dialogues(path: Path) -> Iterator[dict[str, Any]]:

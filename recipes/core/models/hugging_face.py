@@ -113,6 +113,11 @@ def load_pieces(
             parameter.copy_(share.cut(whole) if share else whole)
 
 
+def label_tables(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
+    """Return id2label and label2id as config.json has them."""
+    return dict(enumerate(labels)), {label: index for index, label in enumerate(labels)}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a Hugging Face folder."""
     try:

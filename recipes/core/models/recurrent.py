@@ -64,8 +64,11 @@ def locked_dropout(hidden: torch.Tensor, chance: float, training: bool) -> torch
 def _dropped(layers: LSTM | GRU) -> Iterator[None]:
     """Within it, drop recurrent weights, the same ones at all times (https://arxiv.org/abs/1708.02182, section 2)."""
     kept: Any = layers._flat_weights
+    if torch.is_grad_enabled() and not kept[0].is_cuda:
+        together: Any = _Together.apply(*kept)
+        layers._flat_weights = list(together)
     if layers.training and layers.weight_dropout:
-        named = zip(layers._flat_weights_names, kept, strict=True)
+        named: Any = zip(layers._flat_weights_names, layers._flat_weights, strict=True)
         layers._flat_weights = [
             F.dropout(weight, layers.weight_dropout) if name.startswith("weight_hh") else weight
             for name, weight in named
@@ -74,6 +77,23 @@ def _dropped(layers: LSTM | GRU) -> Iterator[None]:
         yield
     finally:
         layers._flat_weights = kept
+
+
+class _Together(torch.autograd.Function):
+    """Hand all weights on, and their gradients back at once, in one order.
+
+    Outside of cuDNN they come a step and a direction at a time, in an order that depends on the lengths at hand. ZeRO
+    stage 2 reduces gradients in the order in which they come, which has to be the same on all ranks: otherwise those of
+    two directions, equally large, are added to each other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients
 
 
 def _draw_recurrent(layers: nn.RNNBase) -> None:

@@ -1,0 +1,246 @@
+"""Find entities in a text, or tell how two that are marked are related."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bigbatch.recipes.core.data.examples import Examples
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
+from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.models.config import EncoderSection
+from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
+from bigbatch.recipes.core.models.hugging_face import Piece, label_tables, read_json
+from bigbatch.recipes.core.recipe import RECORD_FILE, Batch, DataSplits, HuggingFaceExport, Loss, Outputs
+from bigbatch.recipes.core.start import (
+    CONFIG_FILE,
+    WHERE,
+    Start,
+    find_start,
+    read_labels,
+    starting_shape,
+    starting_vocabulary,
+)
+from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
+from bigbatch.recipes.extract import data
+from bigbatch.recipes.extract.answering import entities_in, relations_in
+from bigbatch.recipes.extract.config import EncoderBackboneSection, ExtractConfig
+from bigbatch.recipes.extract.model import THEIR_HEAD
+from bigbatch.recipes.extract.model import build_model as build
+from bigbatch.recipes.extract.scores import (
+    CONFIDENCE,
+    entity_counts,
+    entity_f1,
+    entity_figures,
+    interval,
+    relation_f1,
+    relation_figures,
+)
+from bigbatch.recipes.extract.sentences import BadSentenceError, entities_of_tags
+
+ARCHITECTURE = "ForTokenClassification"
+"""How the names of transformers' classes of this kind end."""
+MODEL_FACTS = ("labels",)
+"""What is of the model though no weight."""
+NOT_INPUTS = ("rows", "begins", "splits")  # of a batch, what the model does not take
+
+
+def prepare(config: ExtractConfig) -> Path:
+    """Read, split and tokenize the sentences."""
+    start = _start(config)
+    return data.prepare(config.data, start.tokenizer if start else None)
+
+
+def open_data(config: ExtractConfig) -> DataSplits:
+    """Map the prepared sentences into memory."""
+    start = _start(config)
+    folder = data.prepared(config.data, start.tokenizer if start else None)
+    train = data.ExtractSamples(folder, TRAIN, config)
+    facts = {
+        "vocabulary_size": starting_vocabulary(folder, start),
+        "tokenizer": str(folder),
+        "end_of_text": train.tokenizer.end_of_text,
+        "labels": train.facts["labels"],
+        "encoder": starting_shape(config.model, start) if config.model.backbone == "encoder" else None,
+        "tokens_per_sample": round(train.mean_tokens),
+        "train_samples": train.num_samples,
+    }
+    validation, test = (data.open_split(folder, split, config) for split in SPLITS[1:])
+    return DataSplits(train, validation, facts, test)
+
+
+def build_model(config: ExtractConfig, facts: dict[str, Any], initialize: bool = True) -> nn.Module:
+    """Build the backbone and its head."""
+    return build(config, facts, initialize)
+
+
+def count_targets(batch: dict[str, np.ndarray]) -> int:
+    """Count the words, or the pairs."""
+    return int(batch["word_counts"].sum()) if batch["labels"].ndim > 1 else len(batch["labels"])
+
+
+def loss(model: nn.Module, batch: Batch) -> Loss:
+    """Sum the cross-entropy over words or pairs; with a CRF minus the log likelihood over sentences."""
+    return _run(model, batch)[0]
+
+
+def outputs(model: Any, batch: Batch) -> Outputs:
+    """Return the loss, and the tags of the words [N, longest window], or the chances of the relations [N, C]."""
+    total, found = _run(model, batch)
+    arrays = {name: batch[name] for name in NOT_INPUTS}
+    if batch["labels"].dim() == 1:
+        return Outputs(total, arrays | {"found": found, "labels": batch["labels"]})
+    longest = model.longest - found.shape[1]
+    return Outputs(total, arrays | {"found": nn.functional.pad(found, (0, longest), value=-1)})
+
+
+def metrics(loss: float) -> dict[str, float]:
+    """Return nothing: the loss alone says little here."""
+    return {}
+
+
+def figures(
+    config: ExtractConfig, facts: dict[str, Any], arrays: dict[str, np.ndarray], thorough: bool
+) -> dict[str, Any]:
+    """Judge whole sentences, by seqeval or by SemEval's official rule; when thorough with an interval."""
+    labels = np.array(facts["labels"])
+    if config.data.task == "relations":
+        gold, given = labels[arrays["labels"]], labels[arrays["found"].argmax(1)]
+        none = config.data.no_relation
+        found: dict[str, Any] = relation_figures(gold.tolist(), given.tolist(), none)
+        name, num_rows = "relation_f1", len(gold)
+
+        def resampled(rows: np.ndarray) -> float:
+            return relation_f1(gold[rows], given[rows], none)
+
+    else:
+        examples = Examples(Path(facts["tokenizer"]), SPLITS[arrays["splits"][0]])
+        rights, answers = _whole_sentences(examples, arrays, facts["labels"])
+        found = entity_figures(rights, answers)
+        counts = entity_counts(rights, answers) if thorough else np.zeros(0)
+        name, num_rows = "f1", len(rights)
+
+        def resampled(rows: np.ndarray) -> float:
+            return entity_f1(counts[rows])
+
+    if thorough:
+        found["details"] = {"intervals": {name: interval(num_rows, resampled)}, "confidence": CONFIDENCE}
+    return found
+
+
+def figure_names(config: ExtractConfig, facts: dict[str, Any]) -> list[str]:
+    """Name the figures of a validation split that has all labels."""
+    labels = facts["labels"]
+    if config.data.task == "relations":
+        return list(relation_figures(labels, labels, config.data.no_relation))
+    return list(entity_figures([labels], [labels]))
+
+
+def learning_rate_scales(config: ExtractConfig, model: nn.Module) -> dict[str, float]:
+    """Let lower layers learn more slowly (`model.layer_decay`)."""
+    if config.model.backbone != "encoder" or config.model.layer_decay == 1:
+        return {}
+    return encoder_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
+
+
+def flops_per_sample(config: ExtractConfig, facts: dict[str, Any]) -> float:
+    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
+    with torch.device("meta"):
+        model = build(config, facts, initialize=False)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
+    return 6.0 * weights * facts["tokens_per_sample"]
+
+
+def samples_of_text(config: ExtractConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:
+    """Return nothing: the model writes no text."""
+    return []
+
+
+def predictor(
+    config: ExtractConfig, facts: dict[str, Any], model: nn.Module
+) -> Callable[[list[str]], list[dict[str, Any]]]:
+    """Return a function from texts to {"entities"}, or from texts with markers to {"label", "probability", ...}."""
+    tokenizer = load_given_tokenizer(Path(facts["tokenizer"]))
+    answer = relations_in if config.data.task == "relations" else entities_in
+    return partial(answer, model.eval(), tokenizer, config, facts["labels"])
+
+
+def hugging_face(config: ExtractConfig, facts: dict[str, Any]) -> HuggingFaceExport:
+    """Name the model's tensors and settings as transformers does; raise UserError where it has no such class."""
+    if config.model.backbone != "encoder":
+        raise UserError("model.backbone", "is 'words', which transformers has no class for; right is 'encoder'")
+    if config.model.crf:
+        raise UserError("model.crf", "is true; transformers has no class with a CRF, and without it tags are others")
+    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
+    is_pair = config.data.task == "relations"
+    kind = "ForSequenceClassification" if is_pair else ARCHITECTURE
+    labels = facts["labels"]
+    tensors = encoder_tensors(section, size, "encoder.") | (pooler_tensors(section, "pooler.") if is_pair else {})
+    tensors |= {f"head.{part}": [Piece(f"{THEIR_HEAD}.{part}", 0, len(labels))] for part in ("weight", "bias")}
+    names, numbers = label_tables(labels)
+    settings = hugging_face_config(section, size, f"Bert{kind}") | {"id2label": names, "label2id": numbers}
+    return HuggingFaceExport(settings, tensors, auto_class=f"AutoModel{kind}")
+
+
+def open_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any], nn.Module]:
+    """Open a Hugging Face folder of a BERT that tags words, or one that this recipe has written, to predict with."""
+    start = _native(find_start(str(folder)))
+    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {"run": {}}
+    labels = read_labels(folder)
+    length = min(256, (start.encoder or {})["max_positions"])
+    document = {
+        "version": 1,
+        "data": {"task": "entities", "train": [str(folder)], "sequence_length": length},
+        **({"data": record["run"]["data"]} if "data" in record["run"] else {}),
+        "model": {"backbone": "encoder", "initialize_from": str(folder), "keep_head": True},
+        "batch": {"global_size": 1},
+        "optimizer": {"learning_rate": 1.0},
+        "schedule": {"total_steps": 1},
+    }
+    config = ExtractConfig.model_validate_json(json.dumps(document))
+    facts = {"vocabulary_size": start.vocabulary_size, "tokenizer": str(folder), "encoder": start.encoder}
+    facts["labels"] = labels
+    if config.data.task == "entities":
+        try:
+            entities_of_tags(labels)
+        except BadSentenceError as error:
+            raise UserError(str(folder / CONFIG_FILE), f"id2label {error}") from None
+    return config, facts, build(config, facts, initialize=True).eval()
+
+
+def _run(model: Any, batch: Batch) -> tuple[Loss, torch.Tensor]:
+    total, found = model(**{name: array for name, array in batch.items() if name not in NOT_INPUTS})
+    has_words = batch["labels"].dim() > 1
+    return Loss(total, int(batch["word_counts"].sum()) if has_words else len(batch["labels"])), found
+
+
+def _whole_sentences(
+    examples: Examples, arrays: dict[str, np.ndarray], labels: list[str]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Return of each sentence that windows were evaluated of the right tags and those that the model gives."""
+    order = np.lexsort((arrays["begins"], arrays["rows"]))
+    rows, firsts = np.unique(arrays["rows"][order], return_index=True)
+    found = np.split(arrays["found"][order], firsts[1:])
+    gold = [[labels[tag] for tag in tags] for tags in examples.lists("tags", rows)]
+    given = [[labels[tag] for tag in parts[parts >= 0]] for parts in found]
+    return [right[: len(answer)] for right, answer in zip(gold, given, strict=True)], given
+
+
+def _start(config: ExtractConfig) -> Start | None:
+    model = config.model
+    if not isinstance(model, EncoderBackboneSection) or not model.initialize_from:
+        return None
+    return _native(find_start(model.initialize_from))
+
+
+def _native(start: Start) -> Start:
+    if start.hugging_face:
+        raise UserError(WHERE, f"{start.path} is a {start.hugging_face.get('model_type')}; right is a BERT")
+    return start
