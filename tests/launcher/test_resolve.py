@@ -494,7 +494,7 @@ def classify(tmp_path):
         (
             'data.train=["a.csv",{"path":"b","format":"cvs"}]',
             "data.train[1].format: found \"cvs\"; right is 'txt', 'lines', 'csv', 'tsv', 'jsonl', 'parquet', "
-            "'squad', 'slots', 'sgd', 'conll' or 'semeval'; "
+            "'squad', 'slots', 'sgd', 'smart', 'conll' or 'semeval'; "
             "did you mean 'csv'?",
         ),
         ('data.train=[{"path":"b","encodin":"x"}]', "data.train[0].encodin: unknown key; did you mean 'encoding'?"),

@@ -46,8 +46,10 @@ def trained(run_program, make_document, tmp_path_factory):
     for name, stop in (("resumed", 2), ("resumed_whole", None)):
         add(name, make_document(out, "entities", **hard), (2, 3, stop))
     long = {"schedule": {"total_steps": 40}, "batch": {"global_size": 32, "micro_size": 8}}
+    fast = {"optimizer": {"learning_rate": 2e-2}}
     for task, backbone in KINDS:
-        add(f"learned_{task}_{backbone}", make_document(out, task, backbone, **long), (2, 1, None))
+        changes = long | (fast if backbone == "words" else {})
+        add(f"learned_{task}_{backbone}", make_document(out, task, backbone, **changes), (2, 1, None))
     (out / "plans.json").write_text(json.dumps(plans))
     run_program("train_documents.py", out)
     return out
@@ -208,7 +210,7 @@ def test_an_entity_and_a_relation_model_together_give_triples(trained, capsys):
         for triple in line["triples"]
     }
     assert [line["text"] for line in lines] == texts[:-1]
-    assert len(found & right) > 0.7 * max(len(found), len(right))
+    assert len(found & right) > 0.9 * max(len(found), len(right))
     assert bad["error"].startswith("is not Unicode")
     assert f"{len(found)} triples, 1 not taken" in shown.err
     assert triples([*models, *texts, "--least", "0", "--format", "ntriples"]) == 0
