@@ -49,7 +49,8 @@ def trained(run_program, make_document, make_cross, tmp_path_factory):
     add("resumed_whole", make_document(out, **hard), (2, 3, None))
     longer = {"schedule": {"total_steps": 40}, "evaluate": {"every_steps": 20}}
     add("learned", make_document(out, data={"test_fraction": 0.1, "group_size": 8}, **longer), (2, 1, None))
-    add("learned_scores", make_cross(out, **longer), (2, 1, None))
+    shorter = {"schedule": {"total_steps": 20}, "evaluate": {"every_steps": 20}}
+    add("learned_scores", make_cross(out, **shorter), (2, 1, None))
     (out / "plans.json").write_text(json.dumps(plans))
     run_program("train_documents.py", out)
     return out
@@ -171,7 +172,7 @@ def test_figures_of_two_ranks_are_those_of_ranking_each_query_by_predict(trained
 
 def test_correlations_are_those_of_the_scores_that_predict_gives(trained):
     config, data, model = opened(trained / "learned_scores_2_1")
-    (row,) = [row for row in rows(trained / "learned_scores_2_1", "evaluation") if row["step"] == 40]
+    (row,) = [row for row in rows(trained / "learned_scores_2_1", "evaluation") if row["step"] == 20]
     validation = data.validation
     lefts, rights = (validation.texts.texts("text", side) for side in (validation.left, validation.right))
     items = [{"left": left, "right": right} for left, right in zip(lefts, rights, strict=True)]
@@ -261,6 +262,18 @@ def test_lines_of_text_are_numbered_and_an_id_that_comes_twice_is_told(trained, 
     twice = write_lines(tmp_path / "twice.jsonl", [{"id": 1, "text": "a"}, {"id": 1, "text": "b"}])
     with pytest.raises(UserError, match=r"twice.jsonl:2: has the id '1', as an earlier one has"):
         search([model, "old oven", "--documents", twice])
+
+
+def test_a_model_starts_from_a_run_with_its_tokenizer_and_shape(trained, make_document, tmp_path):
+    run_dir = trained / "learned_2_1"
+    document = make_document(tmp_path, model={"encoder": None, "initialize_from": str(run_dir)})
+    document["data"].pop("tokenizer")
+    config = MatchConfig.model_validate_json(json.dumps(document))
+    recipe.prepare(config)
+    facts = recipe.open_data(config).facts
+    texts = ["red rose, garden", "Near the wall there is a knife."]
+    found = recipe.encoder_of(config, facts, recipe.build_model(config, facts))(texts)
+    assert found == pytest.approx(recipe.encoder_of(*recipe.open_run(run_dir, ""))(texts))
 
 
 def test_a_cross_encoder_cannot_search(trained):
