@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.launcher.documents import read_json
-from bigbatch.launcher.prepared import find_prepared
+from bigbatch.launcher.prepared import all_sources, find_prepared
 from bigbatch.launcher.resolve import Resolved
 from bigbatch.launcher.run_dir import write_json
 from bigbatch.launcher.snapshot import freeze
@@ -63,7 +63,7 @@ def gather(resolved: Resolved, folder: Path) -> dict[str, Any]:
     settings: Any = getattr(resolved.config, "data", None)
     found = find_prepared(settings, Path(start) if start else None) if hasattr(settings, "prepared_dir") else None
     moved = {}
-    for source in [source for split in SPLITS for source in data.get(split, ())]:
+    for source in [source for sources in _source_lists(data) for source in sources]:
         path = _path_of(source)
         if is_local(path):
             moved[path] = _copy_source(path, local_files(_table(settings, path)), folder)
@@ -87,8 +87,14 @@ def gather(resolved: Resolved, folder: Path) -> dict[str, Any]:
 
 def _table(settings: Any, path: str) -> Any:
     """Return the source of this path as the settings have it, with its format."""
-    sources = [source for split in SPLITS for source in getattr(settings, split, ())]
+    sources = [source for named in all_sources(settings).values() for source in named]
     return next(source for source in sources if (source if isinstance(source, str) else source.path) == path)
+
+
+def _source_lists(data: dict[str, Any]) -> Iterator[list[Any]]:
+    """Yield the lists of sources in a document's `data`."""
+    for section, names in ((data, SPLITS), (data.get("collection") or {}, ("documents", "queries"))):
+        yield from (section[name] for name in names if section.get(name))
 
 
 def _path_of(source: Any) -> str:
@@ -146,12 +152,12 @@ def _copy_prepared(prepared: Path, target: Path, moved: dict[str, str]) -> None:
 def _led_to_copies(data: dict[str, Any], moved: dict[str, str]) -> dict[str, Any]:
     """Return settings of data whose paths are those of the copies."""
     led = copy.deepcopy(data)
-    for split in SPLITS:
-        for number, source in enumerate(led.get(split, ())):
+    for sources in _source_lists(led):
+        for number, source in enumerate(sources):
             new = moved.get(_path_of(source), _path_of(source))
-            led[split][number] = new if isinstance(source, str) else {**source, "path": new}
+            sources[number] = new if isinstance(source, str) else {**source, "path": new}
             if target := _target_of(source):
-                led[split][number]["target"] = moved.get(target, target)
+                sources[number]["target"] = moved.get(target, target)
     path = led.get("tokenizer", {}).get("path")
     for old, new in moved.items():  # of a start the tokenizer is a folder in it
         if path and (path == old or path.startswith(old.rstrip("/") + "/")):

@@ -26,6 +26,7 @@ from bigbatch.launcher.predict import (
     vocabulary_of,
     vocabulary_size,
 )
+from bigbatch.launcher.prepared import all_sources
 from bigbatch.launcher.problems import InvalidDocumentError, Problem, shown
 from bigbatch.launcher.resolve import Resolved, resolve
 from bigbatch.recipes.core.config import RunConfig, TokenDataSection
@@ -157,10 +158,10 @@ def _sync(config: RunConfig) -> Iterator[Finding]:
 
 def _data(config: Any) -> Iterator[Finding]:
     data = getattr(config, "data", None)
-    for split in SPLITS:
-        for number, source in enumerate(getattr(data, split, ())):
+    for name, sources in all_sources(data).items():
+        for number, source in enumerate(sources):
             if is_local(source):
-                yield from _source(data, source, f"data.{split}[{number}]")
+                yield from _source(data, source, f"data.{name}[{number}]")
 
 
 def _source(data: Any, source: Any, where: str) -> Iterator[Finding]:

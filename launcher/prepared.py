@@ -1,7 +1,7 @@
 """Whether a run's data are prepared, and still those of its sources: read from manifests, without torch or NumPy."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,11 @@ def find_prepared(data: Any, start: Path | None = None, is_offline: bool = False
     return Prepared(folder, manifest["content_id"], stale, damage, sum(files.values()))
 
 
+def all_sources(data: Any) -> dict[str, Sequence[Any]]:
+    """Return the sources of a document's `data` by their settings: splits, and what belongs to none of them."""
+    return {split: getattr(data, split, ()) for split in SPLITS} | getattr(data, "further_sources", {})
+
+
 def _is_of(settings: dict[str, Any], data: Any, start: Path | None) -> bool:
     """Tell whether recorded settings, those that shape the content, are these."""
     now = data.model_dump(mode="json")
@@ -77,11 +82,11 @@ def _changes(manifest: dict[str, Any], data: Any) -> str:
 
 
 def _sources(data: Any) -> Iterator[tuple[str, str, int, int]]:
-    for split in SPLITS:
-        for source in getattr(data, split, ()):
+    for name, sources in all_sources(data).items():
+        for source in sources:
             if not as_table(source).path.startswith(HUGGING_FACE):
-                for file in list_files([source], f"data.{split}"):
-                    yield (file.path, split, file.size_bytes, file.modified_ns)
+                for file in list_files([source], f"data.{name}"):
+                    yield (file.path, name, file.size_bytes, file.modified_ns)
 
 
 def _files(manifest: dict[str, Any]) -> Iterator[tuple[str, int]]:

@@ -118,6 +118,11 @@ class SplitSection(Section):
         """Columns that are read, each with the setting that asks for it; empty where that can't be told ahead."""
         return {}
 
+    @property
+    def further_sources(self) -> dict[str, "tuple[str | TableSource, ...]"]:
+        """Sources that belong to no split, by the setting below `data` that names them."""
+        return {}
+
 
 class SplitDataSection(SplitSection):
     """Rows in three splits; a recipe's own section says what stands in them."""

@@ -113,6 +113,12 @@ class MatchDataSection(SplitDataSection):
         return {} if self.collection else self.pair_columns | self.group_columns
 
     @property
+    def further_sources(self) -> dict[str, tuple[Source, ...]]:
+        """The collection's sources, which belong to no split."""
+        names = ("documents", "queries") if self.collection else ()
+        return {f"collection.{name}": getattr(self.collection, name) for name in names}
+
+    @property
     def group_columns(self) -> dict[str, str]:
         """The column that keeps rows together, where there is one."""
         return {self.group_column: "data.group_column"} if self.group_column else {}

@@ -26,7 +26,7 @@ from bigbatch.recipes.core.data.examples import (
     write_split,
 )
 from bigbatch.recipes.core.data.rows import Row, as_text, read_rows, shown
-from bigbatch.recipes.core.data.sources import SourceFile, list_files
+from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
     SPLITS,
     TRAIN,
@@ -48,7 +48,6 @@ from bigbatch.recipes.match.ranking import Lexical, Ranked, top, without
 TEXTS, FOUND = "_texts", "_found"  # behind a split's name
 # What becomes of texts is decided when a split is opened, so these change nothing in the folder.
 NOT_CONTENT = {"sequence_length", "group_size", "rerank", "packing"}
-DOCUMENTS, QUERIES, MINER = "documents", "queries", "miner"  # sources beside those of the splits
 ROWS_AT_ONCE = 1024
 
 _NUMBERS = pyarrow.list_(pyarrow.int32())
@@ -109,18 +108,15 @@ class Collection(NamedTuple):
 
 
 def prepare(
-    data: MatchDataSection, tokenizer_folder: Path | None = None, miner: tuple[Path, Embed] | None = None
+    data: MatchDataSection, tokenizer_folder: Path | None = None, miner: tuple[Embed, str] | None = None
 ) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it.
 
-    The tokenizer is that of a folder, or is made as the settings say. The miner is a file that stands for a model, and
-    that model.
+    The tokenizer is that of a folder, or is made as the settings say. The miner is a model and a hash that stands for
+    it.
     """
-    further = _further_files(data)
-    if miner:
-        further[MINER] = list_files([str(miner[0])], "data.mining.by")
-    build = partial(_build, data=data, section=split_tokenizer(data, tokenizer_folder), embed=miner and miner[1])
-    folder = prepare_splits(data, NOT_CONTENT, build, tokenizer_folder, further)
+    build = partial(_build, data=data, section=split_tokenizer(data, tokenizer_folder), embed=miner and miner[0])
+    folder = prepare_splits(data, NOT_CONTENT, build, tokenizer_folder, miner[1:] if miner else ())
     _tell(folder, data)
     return folder
 
@@ -159,13 +155,6 @@ def rarities(folder: Path, vocabulary_size: int) -> np.ndarray:
     return found / found.mean()
 
 
-def _further_files(data: MatchDataSection) -> dict[str, list[SourceFile]]:
-    if not data.collection:
-        return {}
-    found = {DOCUMENTS: data.collection.documents, QUERIES: data.collection.queries}
-    return {name: list_files(sources, f"data.collection.{name}") for name, sources in found.items()}
-
-
 def _build(
     folder: Path,
     files: dict[str, list[SourceFile]],
@@ -196,8 +185,8 @@ def _build(
 def _read_collection(data: MatchDataSection, files: dict[str, list[SourceFile]], counts: Counter[str]) -> Collection:
     if not (section := data.collection):
         return Collection({}, {})
-    documents = (files[DOCUMENTS], section.document_id_column, section.document_columns, "document")
-    queries = (files[QUERIES], section.query_id_column, section.query_columns, "query")
+    documents = (files["collection.documents"], section.document_id_column, section.document_columns, "document")
+    queries = (files["collection.queries"], section.query_id_column, section.query_columns, "query")
     return Collection(*(_read_texts(data, *asked, counts) for asked in (documents, queries)))
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from bigbatch.recipes.core.checkpoint import fill, open_checkpoint
+from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
 from bigbatch.recipes.core.data.examples import Examples
+from bigbatch.recipes.core.data.identity import fingerprint
 from bigbatch.recipes.core.data.splits import SPLITS
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
@@ -39,7 +40,8 @@ def prepare(config: MatchConfig) -> Path:
     miner = None
     if config.data.mining and config.data.mining.by != "bm25":
         path = Path(config.data.mining.by).expanduser()
-        miner = (open_checkpoint(path).folder / "manifest.json", encoder_of(*open_run(path, "data.mining.by")))
+        identity = fingerprint(open_checkpoint(path).folder / MANIFEST)
+        miner = (encoder_of(*open_run(path, "data.mining.by")), identity)
     return data.prepare(config.data, start.tokenizer if start else None, miner)
 
 

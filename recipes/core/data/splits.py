@@ -134,16 +134,18 @@ def prepare_splits(
     not_content: set[str],
     build: Callable[[Path, dict[str, list[SourceFile]]], Built],
     tokenizer_folder: Path | None = None,
-    further_files: dict[str, list[SourceFile]] | None = None,
+    further_hashes: tuple[str, ...] = (),
 ) -> Path:
     """Make the prepared folder of these settings and sources by `build(folder, files by split)`, or find it.
 
     `not_content` names the settings that change nothing in the folder. Where the section has a tokenizer, it is that of
-    a folder, or is made as the settings say. Files beside those of the splits are handed on under their own names.
+    a folder, or is made as the settings say.
+
+    `further_hashes` stand for what else goes into the folder.
     """
     hashes = tokenizer_hashes(data, tokenizer_folder) if hasattr(data, "tokenizer") else ()
-    files = list_split_files(data) | (further_files or {})
-    request = Request(_content(data, not_content, tokenizer_folder), files, hashes)
+    files = list_split_files(data)
+    request = Request(_content(data, not_content, tokenizer_folder), files, hashes + further_hashes)
     return prepare_examples(Path(data.prepared_dir), request, lambda folder: build(folder, request.files))
 
 
@@ -185,7 +187,10 @@ def tokenizer_hashes(data: SplitSources, folder: Path | None) -> tuple[str, ...]
 
 
 def list_split_files(data: SplitSources) -> dict[str, list[SourceFile]]:
-    """Find the files of each split; raise UserError where two hold the same rows, or a split is asked for twice."""
+    """Find the files of each split, and those that belong to none (`further_sources`).
+
+    Raise UserError where two splits hold the same rows, or one is asked for twice.
+    """
     files = {split: list_files(getattr(data, split), f"data.{split}") for split in SPLITS}
     for first, second in combinations(SPLITS, 2):
         if path := shared_file(files[first], files[second]):
@@ -197,7 +202,8 @@ def list_split_files(data: SplitSources) -> dict[str, list[SourceFile]]:
         raise UserError(
             "data.test_fraction", f"and data.validation_fraction are {total:g}: nothing is left to train on"
         )
-    return files
+    further = {name: list_files(sources, f"data.{name}") for name, sources in data.further_sources.items()}
+    return files | further
 
 
 def split_shares(data: SplitSources) -> dict[str, float]:

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bigbatch.launcher.bundle import gather
+from bigbatch.launcher.prepared import find_prepared
+from bigbatch.launcher.resolve import resolve
 from bigbatch.launcher.rules import broken_rules
 from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.rows import read_rows
@@ -114,6 +117,21 @@ def test_judgements_name_texts_and_grades_say_which_are_relevant(make_document, 
     assert PairSamples(folder, "train", config).num_pairs == 3
 
 
+def test_a_collection_counts_among_the_sources_and_comes_along_in_a_bundle(make_document, tmp_path, monkeypatch):
+    document = make_document(tmp_path, data=collection(tmp_path, [{"query": 1, "document": "d0"}] * 2))
+    config, _ = prepared(document)
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    (tmp_path / "bundle").mkdir()
+    led = gather(resolve(str(tmp_path / "run.json"), []), tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path / "bundle")
+    moved = configured(led)
+    assert [Path(name).name for name in moved.data.collection.documents] == ["documents.jsonl"]
+    assert recipe.open_data(moved).train.num_pairs == 2
+    assert find_prepared(config.data).stale == ""
+    (tmp_path / "queries.jsonl").write_text('{"id": 1, "text": "other"}\n{"id": 2, "text": "x"}\n')
+    assert find_prepared(config.data).stale == f"{tmp_path / 'queries.jsonl'} is not what it was"
+
+
 def test_a_history_is_read_newest_first_and_is_no_candidate(make_document, tmp_path):
     rows = [{"query": ["d0", "d2"], "document": "d3"}, {"query": ["d4", "d1"], "document": "d0"}]
     own = collection(tmp_path, rows)
@@ -156,7 +174,7 @@ def test_mined_negatives_are_near_and_never_right(make_document, tmp_path, by_mo
     def by_letters(texts: list[str]) -> np.ndarray:
         return np.array([[text.count(letter) for letter in "abdehlorsuw"] for text in texts], float)
 
-    miner = (tmp_path / "rows.jsonl", by_letters) if by_model else None
+    miner = (by_letters, "letters") if by_model else None
     folder = data.prepare(config.data, None, miner)
     samples = PairSamples(folder, "train", config)
     batch = samples.batch(np.arange(samples.num_pairs), np.zeros(samples.num_pairs, np.int64))
