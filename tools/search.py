@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # what they import takes seconds, and --help needs none of it
 EPILOG = """MODEL is a run or checkpoint of the recipe match, a bi-encoder, or a Hugging Face folder of a BERT.
 Documents are those of --documents, of an --index made before, or of the run's own data. --documents and --index
 together make an index and keep it. A line of the output is a query with its hits: id, score, text; on a terminal a
-table of hits. By default the ranks by BM25 and by the model are put together as the run says (`search`)."""
+table of hits. Both rankings are put together as the run says (`search.fusion`)."""
 WAYS = ("hybrid", "model", "words")
 DIGITS = 6
 
@@ -40,7 +40,14 @@ def main(argv: list[str]) -> int:
     index = _index(paths, arguments, facts, embed)
     table = arguments.format == "table" or (arguments.format is None and sys.stdout.isatty())
     for query in arguments.queries or ([] if len(paths) == 2 else sys.stdin):
-        (found,) = search(index, [recipe.checked(query, "QUERY")], embed, config.search, arguments.by, arguments.top)
+        (found,) = search(
+            index,
+            [recipe.checked(query, "QUERY")],
+            embed,
+            config.search,
+            arguments.by or config.search.by,
+            arguments.top,
+        )
         _print(query.strip(), found, table)
     return EXIT_DONE
 
@@ -97,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("queries", nargs="*", default=[], metavar="QUERY", help="by default lines of standard input")
     parser.add_argument("--documents", metavar="F", help="a .txt (a line each), .jsonl, .csv, .tsv or .parquet")
     parser.add_argument("--index", metavar="DIR", help="a folder to keep the index in, or to take it from")
-    parser.add_argument("--by", choices=WAYS, default="hybrid", help="BM25 (words), the model, or both (default)")
+    parser.add_argument("--by", choices=WAYS, help="both, the model or BM25 (words); default: the run's search.by")
     parser.add_argument("--top", type=count, metavar="K", default=10, help="so many documents a query (default 10)")
     parser.add_argument("--id-column", default="id", metavar="C", help="of the file (default id)")
     parser.add_argument("--text-column", default="text", metavar="C", help="of the file (default text)")

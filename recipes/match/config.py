@@ -181,7 +181,10 @@ class ObjectiveSection(Section):
 
 
 class SearchSection(Section):
-    """How BM25's and the model's answers are put together (hybrid)."""
+    """How `bigbatch search` finds documents, and how BM25's and the model's answers are put together (hybrid)."""
+
+    by: Literal["hybrid", "model", "words"] = "hybrid"
+    """By both, by the model's vectors, or by BM25. Evaluation tells of all three."""
 
     fusion: Literal["reciprocal", "sum"] = "reciprocal"
     """reciprocal: the sum of 1 / (60 + rank), as in https://doi.org/10.1145/1571941.1572114. sum: of both scores,
