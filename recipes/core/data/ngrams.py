@@ -64,7 +64,10 @@ def discounts_by_formula(table: Table) -> list[float]:
 
 
 def distribution(tables: Tables, discounts: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Return the probability [V] of each word behind words [T], as the module has it with discounts [K, 3]."""
+    """Return the probability [V] of each word behind words [T], with discounts [K, 3] for tables of K lengths.
+
+    Interpolated as Chen and Goodman 1998, section 3, have it: what the discounts free goes to the shorter n-grams.
+    """
     size, order = tables.vocabulary_size, len(tables.by_length)
     probability = np.full(size, 1 / size)
     contexts = [0, *(int(numbers[-1]) for _, numbers in tables.numbers(words[-order:]))]
