@@ -9,7 +9,7 @@ from torch import nn
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.extract.config import ExtractConfig
-from bigbatch.recipes.extract.data import Window, around, collate, cut_words, encode_words, hash_window
+from bigbatch.recipes.extract.data import Window, around, collate, cut_words, encode_words, hash_window, part
 from bigbatch.recipes.extract.scores import undirected
 from bigbatch.recipes.extract.sentences import BadSentenceError, Span, entities_of_tags, touched, unmarked, words_of
 
@@ -25,7 +25,7 @@ def entities_in(
     for number, (text, found) in enumerate(zip(texts, spans, strict=True)):
         whole = _window(text, found, tokenizer)
         for begin, stop in cut_words(whole.counts, config):
-            windows.append(_part(whole, begin, stop))
+            windows.append(part(whole, begin, stop))
             whose.append(number)
     tags: list[list[str]] = [[] for _ in texts]
     for number, found in zip(whose, _look(model, tokenizer, config, windows), strict=True):
@@ -48,11 +48,9 @@ def relations_in(
             marks = [touched(words, text, span) for span in spans]
         except BadSentenceError as error:
             raise UserError("text", str(error)) from None
-        whole = _window(text, words, tokenizer)
+        whole = _window(text, words, tokenizer)._replace(marks=tuple(marks))
         places = [place for mark in marks for place in mark]
-        begin, stop = around(whole.counts, min(places), max(places), config, "text")
-        own = tuple((first - begin, last - begin) for first, last in marks)
-        windows.append(_part(whole, begin, stop)._replace(marks=own))
+        windows.append(part(whole, *around(whole.counts, min(places), max(places), config, "text")))
     answers = []
     for chances in _look(model, tokenizer, config, windows):
         by_label = dict(zip(labels, chances.tolist(), strict=True))
@@ -74,12 +72,6 @@ def _window(text: str, words: tuple[Span, ...], tokenizer: TextTokenizer) -> Win
     pieces = encode_words(tokenizer, texts)
     own = [pieces[word] for word in texts]
     return Window(texts, np.concatenate(own), np.array(list(map(len, own))), ())
-
-
-def _part(window: Window, begin: int, stop: int) -> Window:
-    offset = int(window.counts[:begin].sum())
-    tokens = window.tokens[offset : offset + int(window.counts[begin:stop].sum())]
-    return Window(window.words[begin:stop], tokens, window.counts[begin:stop], ())
 
 
 def _look(

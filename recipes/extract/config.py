@@ -15,6 +15,8 @@ from bigbatch.recipes.core.config import (
 )
 from bigbatch.recipes.core.models.config import EncoderSection
 
+MOST_PIECES = 16  # tokens of a word that an encoder looks at
+SPECIAL_TOKENS = 2  # [CLS] sentence [SEP]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -144,6 +146,18 @@ class ExtractConfig(RunConfig):
     model: ModelSection
     data: ExtractDataSection
     objective: ObjectiveSection = ObjectiveSection()
+
+    @model_validator(mode="after")
+    def _data_fit_an_encoder(self) -> Self:
+        if not isinstance(self.model, EncoderBackboneSection):
+            return self
+        least, kind = MOST_PIECES + SPECIAL_TOKENS, self.data.tokenizer.kind
+        if self.model.initialize_from is None and kind not in ("wordpiece", "pretrained"):
+            raise ValueError(f"data.tokenizer.kind is {kind!r}; right for an encoder is 'wordpiece' or 'pretrained'")
+        if self.data.sequence_length < least:
+            found = f"data.sequence_length is {self.data.sequence_length}; an encoder's is {least} or more"
+            raise ValueError(f"{found}: a word may have {MOST_PIECES} tokens")
+        return self
 
 
 Config = ExtractConfig

@@ -37,13 +37,18 @@ from bigbatch.recipes.core.data.splits import (
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_tokenizer, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.extract.config import EncoderBackboneSection, ExtractConfig, ExtractDataSection
+from bigbatch.recipes.extract.config import (
+    MOST_PIECES,
+    SPECIAL_TOKENS,
+    EncoderBackboneSection,
+    ExtractConfig,
+    ExtractDataSection,
+)
 from bigbatch.recipes.extract.features import hashed, letters_of, pair_features, word_features
 from bigbatch.recipes.extract.sentences import Sentence, Span, read_sentences
 
 # Decided when a split is opened, so these change nothing in the folder.
 NOT_CONTENT = {"sequence_length", "packing"}
-MOST_PIECES = 16  # tokens of a word that are looked at
 MARKERS = ("$", "#")  # around the first entity and the second, as tokens of an encoder (arXiv 1905.08284, section 3.1)
 DROPOUT = 0  # a stream of random numbers
 
@@ -143,20 +148,16 @@ class ExtractSamples:
         return np.array(rows), np.array(spans)
 
     def _windows(self, rows: np.ndarray, spans: np.ndarray) -> list[Window]:
-        columns = [
-            self.examples.lists(name, rows) for name in ("starts", "ends", "tokens", "counts", "firsts", "stops")
-        ]
+        is_pair = self.config.data.task == "relations"
+        names = ("starts", "ends", "tokens", "counts", "firsts", "stops")
+        columns = [self.examples.lists(name, rows) for name in names]
         found = []
         for text, span, starts, ends, tokens, counts, firsts, stops in zip(
             self.examples.texts("text", rows), spans.tolist(), *columns, strict=True
         ):
-            begin, stop = span
-            words = [text[a:b] for a, b in zip(starts[begin:stop], ends[begin:stop], strict=True)]
-            offset = int(counts[:begin].sum())
-            own = tokens[offset : offset + int(counts[begin:stop].sum())]
-            marks = zip((firsts - begin).tolist(), (stops - begin).tolist(), strict=True)
-            is_pair = self.config.data.task == "relations"
-            found.append(Window(words, own, counts[begin:stop], tuple(marks) if is_pair else ()))
+            words = [text[begin:end] for begin, end in zip(starts, ends, strict=True)]
+            marks = tuple(zip(firsts.tolist(), stops.tolist(), strict=True)) if is_pair else ()
+            found.append(part(Window(words, tokens, counts, marks), *span))
         return found
 
     def _hash(self, sample_ids: np.ndarray, windows: list[Window]) -> list[np.ndarray]:
@@ -190,6 +191,14 @@ def open_split(folder: Path, split: str, config: ExtractConfig) -> ExtractSample
     return ExtractSamples(folder, split, config) if split in read_examples(folder).splits else None
 
 
+def part(window: Window, begin: int, stop: int) -> Window:
+    """Return the words begin..stop of a window."""
+    offset = int(window.counts[:begin].sum())
+    tokens = window.tokens[offset : offset + int(window.counts[begin:stop].sum())]
+    marks = tuple((first - begin, last - begin) for first, last in window.marks)
+    return Window(window.words[begin:stop], tokens, window.counts[begin:stop], marks)
+
+
 def collate(
     windows: Sequence[Window], features: list[np.ndarray], config: ExtractConfig, tokenizer: TextTokenizer
 ) -> dict[str, np.ndarray]:
@@ -217,16 +226,13 @@ def _collate_tokens(
     markers = encode_words(tokenizer, MARKERS)
     laid, places = [], []
     for window in windows:
-        parts = [first]
-        own, length = [], 1
-        around_word = _markers_around(window.marks, markers)
+        parts, numbers, marked = [first], [], _markers_around(window.marks, markers)
         for number, word in enumerate(np.split(window.tokens, np.cumsum(window.counts)[:-1])):
-            before, behind = around_word.get(number, []), around_word.get(~number, [])
-            own.append(length + sum(map(len, before)))
-            parts += [*before, word, *behind]
-            length += sum(map(len, before)) + len(word) + sum(map(len, behind))
+            parts += marked.get(number, [])
+            numbers.append(len(parts))
+            parts += [word, *marked.get(~number, [])]
         laid.append(np.concatenate([*parts, end]))
-        places.append(np.array(own))
+        places.append(np.cumsum([0, *map(len, parts)])[numbers])
     batch = lay_out(laid, data.sequence_length if data.packing else None)
     offsets = [found + begin for found, begin in zip(places, batch["firsts"], strict=True)]
     del batch["lengths"]
@@ -263,7 +269,7 @@ def encode_words(tokenizer: TextTokenizer, words: Sequence[str]) -> dict[str, np
 
 def room_of(config: ExtractConfig) -> int:
     """Return how many tokens of an encoder, else words, a window has room for."""
-    special = 2 if isinstance(config.model, EncoderBackboneSection) else 0
+    special = SPECIAL_TOKENS if isinstance(config.model, EncoderBackboneSection) else 0
     return config.data.sequence_length - special
 
 

@@ -36,10 +36,9 @@ from bigbatch.recipes.extract.model import build_model as build
 from bigbatch.recipes.extract.scores import (
     CONFIDENCE,
     entity_counts,
-    entity_f1,
     entity_figures,
     interval,
-    relation_f1,
+    relation_counts,
     relation_figures,
 )
 from bigbatch.recipes.extract.sentences import BadSentenceError, entities_of_tags
@@ -109,28 +108,18 @@ def figures(
     config: ExtractConfig, facts: dict[str, Any], arrays: dict[str, np.ndarray], thorough: bool
 ) -> dict[str, Any]:
     """Judge whole sentences, by seqeval or by SemEval's official rule; when thorough with an interval."""
-    labels = np.array(facts["labels"])
     if config.data.task == "relations":
-        gold, given = labels[arrays["labels"]], labels[arrays["found"].argmax(1)]
-        none = config.data.no_relation
-        found: dict[str, Any] = relation_figures(gold.tolist(), given.tolist(), none)
-        name, num_rows = "relation_f1", len(gold)
-
-        def resampled(rows: np.ndarray) -> float:
-            return relation_f1(gold[rows], given[rows], none)
-
+        labels, name = np.array(facts["labels"]), "relation_f1"
+        both = labels[arrays["labels"]].tolist(), labels[arrays["found"].argmax(1)].tolist()
+        found: dict[str, Any] = relation_figures(*both, config.data.no_relation)
+        counts = relation_counts(*both, config.data.no_relation)[1] if thorough else None
     else:
-        examples = Examples(Path(facts["tokenizer"]), SPLITS[arrays["splits"][0]])
-        rights, answers = _whole_sentences(examples, arrays, facts["labels"])
-        found = entity_figures(rights, answers)
-        counts = entity_counts(rights, answers) if thorough else np.zeros(0)
-        name, num_rows = "f1", len(rights)
-
-        def resampled(rows: np.ndarray) -> float:
-            return entity_f1(counts[rows])
-
-    if thorough:
-        found["details"] = {"intervals": {name: interval(num_rows, resampled)}, "confidence": CONFIDENCE}
+        examples, name = Examples(Path(facts["tokenizer"]), SPLITS[arrays["splits"][0]]), "f1"
+        sentences = _whole_sentences(examples, arrays, facts["labels"])
+        found = entity_figures(*sentences)
+        counts = entity_counts(*sentences) if thorough else None
+    if counts is not None:
+        found["details"] = {"intervals": {name: interval(counts)}, "confidence": CONFIDENCE}
     return found
 
 

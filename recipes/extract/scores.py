@@ -1,7 +1,7 @@
 """How good entities and relations are: F1 of whole entities by seqeval, and SemEval-2010 task 8's official rule."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,11 @@ def entity_figures(gold: list[list[str]], given: list[list[str]]) -> dict[str, f
 
 
 def entity_counts(gold: list[list[str]], given: list[list[str]]) -> np.ndarray:
-    """Return of each sentence how many entities are right, given and there [N, 3]."""
+    """Return of each sentence how many entities are right, given and there [N, 1, 3]."""
     from seqeval.metrics.sequence_labeling import get_entities  # noqa: PLC0415
 
     pairs = [(set(get_entities(right)), set(get_entities(found))) for right, found in zip(gold, given, strict=True)]
-    return np.array([[len(right & found), len(found), len(right)] for right, found in pairs], np.float64)
+    return np.array([[[len(right & found), len(found), len(right)]] for right, found in pairs])
 
 
 def relation_figures(gold: Sequence[str], given: Sequence[str], none: str) -> dict[str, float]:
@@ -44,23 +44,20 @@ def relation_figures(gold: Sequence[str], given: Sequence[str], none: str) -> di
     direction is given and there, and is not right: "(9+1)-way evaluation taking directionality into account",
     https://aclanthology.org/S10-1006, section 4.2. Also accuracy over all labels.
     """
-    counts = relation_counts(gold, given, none)
-    precision, recall, f1 = _rates(np.array(list(counts.values())))
+    names, counts = relation_counts(gold, given, none)
+    precision, recall, f1 = _rates(counts.sum(0))
     found = {"relation_f1": float(f1.mean()), "precision": float(precision.mean()), "recall": float(recall.mean())}
-    found["accuracy"] = float(np.mean([right == answer for right, answer in zip(gold, given, strict=True)]))
-    return found | {f"f1/{name}": float(value) for name, value in zip(counts, f1, strict=True)}
+    found["accuracy"] = float(np.mean(np.array(gold) == np.array(given)))
+    return found | {f"f1/{name}": float(value) for name, value in zip(names, f1, strict=True)}
 
 
-def relation_counts(gold: Sequence[str], given: Sequence[str], none: str) -> dict[str, list[int]]:
-    """Return for each relation that is there, whatever its direction, how often it is right, given and there."""
-    found = {name: [0, 0, 0] for name in sorted({undirected(label) for label in gold} - {none})}
-    for right, answer in zip(gold, given, strict=True):
-        if undirected(answer) in found:
-            found[undirected(answer)][0] += right == answer
-            found[undirected(answer)][1] += 1
-        if right != none:
-            found[undirected(right)][2] += 1
-    return found
+def relation_counts(gold: Sequence[str], given: Sequence[str], none: str) -> tuple[list[str], np.ndarray]:
+    """Return the relations that are there, whatever their direction, and which is right, given and there [N, K, 3]."""
+    names = sorted({undirected(label) for label in gold} - {none})
+    there, found = (np.array([undirected(label) for label in labels]) for labels in (gold, given))
+    is_there, is_given = there[:, None] == names, found[:, None] == names
+    is_right = is_there & (np.array(gold) == np.array(given))[:, None]
+    return names, np.stack([is_right, is_given, is_there], -1)
 
 
 def undirected(label: str) -> str:
@@ -69,23 +66,16 @@ def undirected(label: str) -> str:
     return found["name"] if found else label
 
 
-def interval(num_rows: int, figure: Callable[[np.ndarray], float]) -> tuple[float, float]:
-    """Return the percentile interval of a figure of rows [N] drawn with replacement, the same for the same rows."""
+def interval(counts: np.ndarray) -> tuple[float, float]:
+    """Return the percentile interval of the mean F1 of counts [N, K, 3] whose rows are drawn with replacement.
+
+    The same for the same rows.
+    """
     generator = np.random.default_rng(0)
-    values = [figure(generator.integers(num_rows, size=num_rows)) for _ in range(BOOTSTRAP_SAMPLES)]
+    draws = (generator.integers(len(counts), size=len(counts)) for _ in range(BOOTSTRAP_SAMPLES))
+    values = [_rates(counts[rows].sum(0))[2].mean() for rows in draws]
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
     return low, high
-
-
-def entity_f1(counts: np.ndarray) -> float:
-    """Return F1 of summed counts [..., 3] of right, given and there."""
-    return float(_rates(counts.reshape(-1, 3).sum(0, keepdims=True))[2][0])
-
-
-def relation_f1(gold: np.ndarray, given: np.ndarray, none: str) -> float:
-    """Return the official macro F1 alone."""
-    counts = relation_counts(gold.tolist(), given.tolist(), none)
-    return float(_rates(np.array(list(counts.values())))[2].mean()) if counts else 0.0
 
 
 def _rates(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ def config_of(folder, task, text, form="conll", backbone="words", **changes):
             "task": task,
             "train": [{"path": str(path), "format": form}],
             "tokenizer": {"kind": "wordpiece" if backbone == "encoder" else "word", "vocabulary_size": 60},
-            "sequence_length": 20,
+            "sequence_length": 24,
             "prepared_dir": str(folder / "prepared"),
             **changes,
         },
@@ -264,3 +264,8 @@ def test_wnut17_and_semeval_are_read_whole(tmp_path):
     pairs = opened(config_of(tmp_path, "relations", "", train=[source], sequence_length=100))
     counts = Counter(pairs.facts["labels"][label] for label in pairs.relations.tolist())
     assert (pairs.examples.num_rows, counts["Other"], counts["Cause-Effect(e2,e1)"]) == (2717, 454, 194)
+
+
+def test_an_encoder_has_room_for_a_word(tmp_path):
+    with pytest.raises(ValueError, match=r"data.sequence_length is 12; an encoder's is 18 or more: a word may have 16"):
+        config_of(tmp_path, "entities", CONLL, backbone="encoder", sequence_length=12)

@@ -49,6 +49,8 @@ def trained(run_program, make_document, tmp_path_factory):
     fast = {"optimizer": {"learning_rate": 2e-2}}
     for task, backbone in KINDS:
         changes = long | (fast if backbone == "words" else {})
+        if (task, backbone) == ("relations", "encoder"):  # is converted, whatever it has learned
+            changes = {"schedule": {"total_steps": 5}}
         add(f"learned_{task}_{backbone}", make_document(out, task, backbone, **changes), (2, 1, None))
     (out / "plans.json").write_text(json.dumps(plans))
     run_program("train_documents.py", out)
