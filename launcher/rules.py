@@ -210,6 +210,10 @@ def _pools_texts(run: Any) -> bool:
     return run.model.kind == "bi" and run.model.backbone == "encoder"
 
 
+def _writes(run: Any) -> bool:
+    return getattr(run.model, "head", None) != "quality"
+
+
 def _in_match(has_effect: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return a condition on runs of the recipe match: in others settings of the same name have effects of their own."""
     return lambda run: run.recipe != "match" or has_effect(run)
@@ -265,6 +269,10 @@ _EFFECTS = (
     _Effect("data.rerank", lambda run: run.model.kind == "cross", "model.kind cross"),
     _Effect("model.pooling", _in_match(_pools_texts), "a bi-encoder of kind encoder"),
     _Effect("model.embedding_size", _in_match(lambda run: run.model.backbone == "words"), "model.backbone words"),
+    *(
+        _Effect(path, _writes, "model.head translation")
+        for path in ("objective.label_smoothing", "search.num_beams", "search.length_penalty", "search.max_new_tokens")
+    ),
     _Effect("data.packing", _attends, "a model that attends"),
     *(_Effect(name, _tags_words, "data.task entities") for name in ("model.crf", "data.scheme", "data.tokens_column")),
     _Effect("data.tags_column", lambda run: run.data.tokens_column, "data.tokens_column"),

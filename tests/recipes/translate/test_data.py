@@ -114,3 +114,10 @@ def test_preflight_knows_the_columns_of_parallel_files_and_that_pairs_share_samp
     (found,) = [finding for finding in findings if finding.severity == "error"]
     assert found.path == "data.target_column"
     assert found.message.endswith('has no column "english"; there are: "source", "target"')
+
+
+def test_settings_of_translating_are_refused_where_translations_are_judged():
+    settings = ["search.num_beams=8", "objective.label_smoothing=0.2"]
+    findings = check_run("translate/multi30k_quality", settings, 1)
+    found = {finding.path for finding in findings if "has no effect in this run" in finding.message}
+    assert found == {"search.num_beams", "objective.label_smoothing"}
