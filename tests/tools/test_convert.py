@@ -13,12 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from bigbatch.launcher import cli
-from bigbatch.recipes.core import checkpoint
+from bigbatch.recipes.core import checkpoint, language_model
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.generate import Sampling, generate
 from bigbatch.recipes.core.models.decoder import Decoder
 from bigbatch.recipes.core.tensor_file import Entry, write_json, write_tensors
-from bigbatch.recipes.gpt import recipe
 from bigbatch.recipes.gpt.config import GptConfig
 from bigbatch.tools import convert as tool
 from bigbatch.tools.convert import convert, main, parse_bytes
@@ -166,7 +165,7 @@ SWAPS = {
 @pytest.mark.parametrize("swap", SWAPS)
 def test_two_tensors_that_change_places_are_found_by_the_logits(runs, swap, tmp_path, monkeypatch, capsys):
     run, first, second = SWAPS[swap]
-    original = recipe.hugging_face_tensors
+    original = language_model.hugging_face_tensors
 
     def swapped(*arguments):
         table = original(*arguments)
@@ -178,7 +177,7 @@ def test_two_tensors_that_change_places_are_found_by_the_logits(runs, swap, tmp_
             for name, pieces in table.items()
         }
 
-    monkeypatch.setattr(recipe, "hugging_face_tensors", swapped)
+    monkeypatch.setattr(language_model, "hugging_face_tensors", swapped)
     assert cli.main(["convert", str(runs / run), str(tmp_path / "out")]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
