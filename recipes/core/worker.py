@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     forbid_network()
-    # On a CPU in bf16 every new length of a batch gets kernels of its own, some MB each; oneDNN would keep 1024 of them.
+    # On a CPU in bf16 every new length of a batch gets kernels of its own, some MB each; oneDNN would keep 1024.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     from bigbatch.recipes.core.parts import run_part  # noqa: PLC0415 - takes seconds, in which a signal may come
 
