@@ -54,6 +54,7 @@ def trained(run_program, make_document, tmp_path_factory):
     ]
     (out / "rated.jsonl").write_text("\n".join(map(json.dumps, rows)))
     judging = make_document(out, model={"head": "quality"}, data={"train": [str(out / "rated.jsonl")], **RATED})
+    del judging["search"]
     add("quality", {**judging, "schedule": {"total_steps": 40, "name": "constant"}}, (1, 0, None), (2, 3, None))
     (out / "plans.json").write_text(json.dumps(plans))
     run_program("train_documents.py", out)
