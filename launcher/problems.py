@@ -23,7 +23,7 @@ class InvalidDocumentError(UserError):
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
-        return "\n".join(one_line(f"{where}: {message}") for where, message in self.problems)
+        return "\n".join(one_line(f"{where}: {message}" if where else message) for where, message in self.problems)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
