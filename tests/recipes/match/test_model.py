@@ -17,15 +17,20 @@ def unit_vectors(count: int, seed: int) -> torch.Tensor:
 def make_batch(negatives: int = 0, **columns: list) -> dict[str, torch.Tensor]:
     """Return six pairs in two groups; the first two right texts are the same, and the last two left ones."""
     batch = {"lefts": [0, 1, 2, 3, 4, 4], "rights": [7, 7, 8, 9, 10, 11], "groups": [0, 0, 0, 1, 1, 1]}
-    batch |= {"scores": [1.0] * 6, "negatives": [[20 + 2 * pair + n for n in range(negatives)] for pair in range(6)]}
+    batch |= {
+        "scores": [1.0] * 6,
+        "counts": [2.0, 2.0, 1.0, 3.0, 1.0, 5.0],
+        "negatives": [[20 + 2 * pair + n for n in range(negatives)] for pair in range(6)],
+    }
     return {name: torch.tensor(values) for name, values in (batch | columns).items()}
 
 
 @pytest.mark.parametrize("negatives", [0, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_contrastive_finds_the_right_text_among_its_group_and_the_negatives(negatives, symmetric):
+@pytest.mark.parametrize("popularity", [True, False])
+def test_contrastive_finds_the_right_text_among_its_group_and_the_negatives(negatives, symmetric, popularity):
     batch, vectors = make_batch(negatives), unit_vectors(6 * (2 + negatives), 1)
-    objective = ObjectiveSection(temperature=0.2, symmetric=symmetric)
+    objective = ObjectiveSection(temperature=0.2, symmetric=symmetric, popularity=popularity)
     left, right, others = vectors[:6], vectors[6:12], vectors[12:]
     lefts, rights, groups = (batch[name].tolist() for name in ("lefts", "rights", "groups"))
     total = 0.0
@@ -33,10 +38,11 @@ def test_contrastive_finds_the_right_text_among_its_group_and_the_negatives(nega
         near = [j for j in range(6) if groups[i] == groups[j]]
         rivals = [j for j in near if j != i and rights[i] != rights[j] and lefts[i] != lefts[j]]
         own = float(left[i] @ right[i]) / 0.2
-        forward = [own] + [float(left[i] @ right[j]) / 0.2 for j in rivals]
+        counts = [math.log(batch["counts"][j]) if popularity else 0.0 for j in range(6)]
+        forward = [own - counts[i]] + [float(left[i] @ right[j]) / 0.2 - counts[j] for j in rivals]
         forward += [float(left[i] @ others[negatives * j + n]) / 0.2 for j in near for n in range(negatives)]
         backward = [own] + [float(left[j] @ right[i]) / 0.2 for j in rivals]
-        both = [math.log(sum(map(math.exp, found))) - own for found in (forward, backward)]
+        both = [math.log(sum(map(math.exp, found))) - found[0] for found in (forward, backward)]
         total += sum(both) / 2 if symmetric else both[0]
     assert loss_of_vectors(vectors, batch, objective).item() == pytest.approx(total, rel=1e-5)
 
