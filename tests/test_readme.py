@@ -140,9 +140,10 @@ def test_the_table_of_recipes_names_those_that_exist_and_their_run_documents():
     rows = table(PAGES["README.md"], "Recipes")
     links = [re.fullmatch(r"\[(\w+)\]\(recipes/(\w+)/README\.md\)", recipe) for recipe, *_ in rows]
     assert sorted(link[1] for link in links) == sorted(link[2] for link in links) == recipe_names()
-    for link, (_, _, runs) in zip(links, rows, strict=True):
+    for link, (*_, reaches, runs) in zip(links, rows, strict=True):
         named = re.findall(r"`([^`]+)`", runs)
         assert f"{link[1]}/quick" in named
+        assert any(f"{link[1]}/" in name and name in reaches for name in document_names())
         assert set(named) <= {name for name in document_names() if name.startswith(f"{link[1]}/")}
 
 
