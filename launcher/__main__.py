@@ -40,7 +40,7 @@ TEST_EXTRAS = ("low-bit", "test", "train")
 CPU_INSTALL_BYTES = 3 * 10**9
 GPU_INSTALL_BYTES = 12 * 10**9
 # Of two processes: the emulated cluster mostly waits, and many tests start ranks. tests/conftest.py makes the groups.
-WORKERS = ("--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder")
+WORKERS = ("--numprocesses=2", "--dist=loadscope", "--no-loadscope-reorder", "--durations=40")
 MAPPED_FOLDERS = ("recipes", "launcher", "tools", "ds_configs", "slurm")
 
 

@@ -1,5 +1,6 @@
 """What several test files need: the toy model, one run of all engine cases, and a Slurm cluster."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -12,25 +13,36 @@ from typing import Any, NamedTuple
 
 import pytest
 
+WAITING = "pytest.mark.slurm"
 PROGRAMS = Path(__file__).parent / "programs"
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several workers share the tests: those of one file in one worker, and the ones that mostly wait first."""
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not item.get_closest_marker("slurm"))
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that mostly wait: where there are two workers, the other one has both cores meanwhile."""
+    items.sort(key=lambda item: _group(item.nodeid.partition("::")[0]) != WAITING)
 
 
-def _group(item: pytest.Item) -> str:
-    """Name what must not be divided: the clusters, the users of a costly fixture, or a file."""
-    if item.get_closest_marker("slurm"):
-        return "slurm"
-    if "engine_cases" in getattr(item, "fixturenames", ()):
-        return "engine_cases"
-    return str(item.path.parent if (item.path.parent / "conftest.py").exists() else item.path)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Have one worker do all that shares something costly (pytest-xdist's own groups do not work with pytest 9.2)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid.partition("::")[0])
+
+    return Scheduling(config, log)
+
+
+@functools.cache
+def _group(file: str) -> str:
+    """Name the group of a test file: the users of clusters, of a fixture, or all of a folder; else it is alone."""
+    path = Path(__file__).parents[1] / file
+    text = path.read_text()
+    return next(
+        (word for word in (WAITING, "engine_cases") if word in text),
+        str(path.parent) if (path.parent / "conftest.py").exists() else file,
+    )
 
 
 class Outcome(NamedTuple):

@@ -13,6 +13,7 @@ from bigbatch.recipes.core.errors import EXIT_DONE, UserError, one_line
 from bigbatch.recipes.core.run_home import enter_home
 
 if TYPE_CHECKING:  # what they import takes seconds, and --help needs none of it
+    from bigbatch.recipes.match.config import Stemming
     from bigbatch.recipes.match.data import Embed
     from bigbatch.recipes.match.search import Document, Index
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     opened = recipe.open_folder(path) if (path / "config.json").is_file() else recipe.open_run(path, str(path))
     config, facts, _ = opened
     embed = recipe.encoder_of(*opened)
-    index = _index(paths, arguments, facts, embed)
+    index = _index(paths, arguments, facts, embed, config.data.stemming)
     table = arguments.format == "table" or (arguments.format is None and sys.stdout.isatty())
     for query in arguments.queries or ([] if len(paths) == 2 else sys.stdin):
         (found,) = search(
@@ -52,16 +53,21 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def _index(paths: dict[str, Path], arguments: argparse.Namespace, facts: dict[str, Any], embed: "Embed") -> "Index":
+def _index(
+    paths: dict[str, Path], arguments: argparse.Namespace, facts: dict[str, Any], embed: "Embed", stemming: "Stemming"
+) -> "Index":
     """Make an index, or open the one that is there."""
     from bigbatch.recipes.match.search import build_index, load_index, prepared_documents, save_index
 
     folder = paths.get("index")
     if "documents" not in paths:
-        return load_index(folder, embed) if folder else build_index(prepared_documents(Path(facts["tokenizer"])), embed)
+        if folder:
+            return load_index(folder, embed, stemming)
+        return build_index(prepared_documents(Path(facts["tokenizer"])), embed, stemming)
     if folder and folder.exists():
         raise UserError("--index", f"{folder} exists already; leave --documents out, or name another folder")
-    index = build_index(_read(str(paths["documents"]), arguments.id_column, arguments.text_column), embed)
+    documents = _read(str(paths["documents"]), arguments.id_column, arguments.text_column)
+    index = build_index(documents, embed, stemming)
     if folder:
         save_index(index, embed, folder)
         print(f"{len(index.documents):,} documents in {folder}", file=sys.stderr)

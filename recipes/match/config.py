@@ -60,6 +60,9 @@ class MiningSection(Section):
     """The nearest so many are left out: they may well be right."""
 
 
+Stemming = Literal["none", "english"]
+
+
 class MatchDataSection(SplitDataSection):
     """Pairs of texts."""
 
@@ -93,6 +96,8 @@ class MatchDataSection(SplitDataSection):
     """Documents that BM25 finds for each query of validation and test: by which its figures are computed."""
     rerank: PositiveInt = 50
     """How many of these a cross-encoder orders."""
+    stemming: Stemming = "none"
+    """What BM25 counts as one word: `english` all that have a stem in common, as flow, flows and flowing (Snowball)."""
     packing: bool = True
     """Several texts share a row of `sequence_length` tokens, none sees another; otherwise rows are padded."""
 

@@ -329,7 +329,7 @@ def _with_mined(rows: list[PairRow], data: MatchDataSection, embed: Embed | None
     if depth > len(rights):
         found = f"asks for {section.skip} + {section.count} wrong right texts"
         raise UserError("data.mining", f"{found}; there are {len(rights)}, up to {most} of them right")
-    ranked = _by_vectors(lefts, rights, depth, embed) if embed else Lexical(rights).rank(lefts, depth)
+    ranked = _by_vectors(lefts, rights, depth, embed) if embed else Lexical(rights, data.stemming).rank(lefts, depth)
     mined = {}
     for place, (left, found) in enumerate(zip(lefts, ranked, strict=True)):
         near = without(found, own[left]).documents[section.skip :].tolist()
@@ -378,7 +378,7 @@ def _write(
     tables = {split: (PAIR_SCHEMA, pairs), split + TEXTS: (TEXT_SCHEMA, texts)}
     if is_ranked:
         excluded = {row.left: [right_numbers[text] for text in row.excluded] for row in rows}
-        tables[split + FOUND] = (FOUND_SCHEMA, _found(lefts, rights, excluded, data.depth))
+        tables[split + FOUND] = (FOUND_SCHEMA, _found(lefts, rights, excluded, data))
     return {
         name: write_split(folder, name, schema, record_batches(schema, found))
         for name, (schema, found) in tables.items()
@@ -386,14 +386,14 @@ def _write(
 
 
 def _found(
-    lefts: list[str], rights: list[str], excluded: dict[str, list[int]], depth: int
+    lefts: list[str], rights: list[str], excluded: dict[str, list[int]], data: MatchDataSection
 ) -> Iterator[tuple[Any, ...]]:
     """Yield what BM25 finds for each left text."""
     most = max(map(len, excluded.values()))
-    ranked = Lexical(rights).rank(lefts, depth + most)
+    ranked = Lexical(rights, data.stemming).rank(lefts, data.depth + most)
     for number, (left, one) in enumerate(zip(lefts, ranked, strict=True)):
         found = without(one._replace(documents=one.documents + len(lefts)), excluded[left])
-        yield number, found.documents[:depth], found.scores[:depth], excluded[left]
+        yield number, found.documents[: data.depth], found.scores[: data.depth], excluded[left]
 
 
 def _tell(folder: Path, data: MatchDataSection) -> None:

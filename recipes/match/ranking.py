@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigbatch.recipes.match.config import SearchSection
+from bigbatch.recipes.match.config import SearchSection, Stemming
 
 CUT, DEEP_CUT = 10, 100  # ranks that figures look at
 FUSION_RANKS = 60  # of https://doi.org/10.1145/1571941.1572114
@@ -24,10 +24,12 @@ class Ranked(NamedTuple):
 class Lexical:
     """BM25 (Robertson et al. 1994) over candidates, by the library bm25s with its defaults (k1 1.5, b 0.75)."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], stemming: Stemming = "none") -> None:
         """Index the texts by their words in small letters, without the commonest of English."""
         import bm25s  # noqa: PLC0415 - with what it brings half a second, and few commands rank words
+        import Stemmer  # noqa: PLC0415
 
+        self.stemmer = None if stemming == "none" else Stemmer.Stemmer(stemming)
         self.library, self.num_texts = bm25s, len(texts)
         self.index = bm25s.BM25()
         self.index.index(self._words(texts), show_progress=False)
@@ -42,7 +44,7 @@ class Lexical:
         return found
 
     def _words(self, texts: Sequence[str], **options: Any) -> Any:
-        return self.library.tokenize(list(texts), stopwords="en", show_progress=False, **options)
+        return self.library.tokenize(list(texts), stopwords="en", stemmer=self.stemmer, show_progress=False, **options)
 
 
 def top(scores: np.ndarray, depth: int, lowest: float = -np.inf) -> Ranked:

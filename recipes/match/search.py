@@ -12,7 +12,7 @@ import numpy as np
 
 from bigbatch.recipes.core.data.examples import Examples, read_examples
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.match.config import SearchSection
+from bigbatch.recipes.match.config import SearchSection, Stemming
 from bigbatch.recipes.match.data import TEXTS, Embed
 from bigbatch.recipes.match.ranking import Lexical, Ranked, fuse, top
 
@@ -40,7 +40,7 @@ class Index(NamedTuple):
     """faiss' graph of many vectors, where it is installed; None: all are compared."""
 
 
-def build_index(documents: list[Document], embed: Embed) -> Index:
+def build_index(documents: list[Document], embed: Embed, stemming: Stemming = "none") -> Index:
     """Index documents; raise UserError where there are none."""
     if not documents:
         raise UserError("--documents", "there are none")
@@ -53,7 +53,7 @@ def build_index(documents: list[Document], embed: Embed) -> Index:
         graph = faiss.IndexHNSWFlat(vectors.shape[1], NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efSearch = LOOKED_AT
         graph.add(vectors)
-    return Index(documents, vectors, Lexical(texts), graph)
+    return Index(documents, vectors, Lexical(texts, stemming), graph)
 
 
 def search(
@@ -91,7 +91,7 @@ def save_index(index: Index, embed: Embed, folder: Path) -> None:
     (folder / FACTS).write_text(json.dumps({"version": 1, "probe": embed([PROBE])[0].tolist()}) + "\n")
 
 
-def load_index(folder: Path, embed: Embed) -> Index:
+def load_index(folder: Path, embed: Embed, stemming: Stemming = "none") -> Index:
     """Open an index; raise UserError for a folder that holds none, or one that another model has made."""
     try:
         facts = json.loads((folder / FACTS).read_text())
@@ -111,7 +111,7 @@ def load_index(folder: Path, embed: Embed) -> Index:
         import faiss  # noqa: PLC0415 - as above
 
         graph = faiss.read_index(str(folder / GRAPH))
-    return Index(documents, vectors, Lexical([document.text for document in documents]), graph)
+    return Index(documents, vectors, Lexical([document.text for document in documents], stemming), graph)
 
 
 def prepared_documents(folder: Path) -> list[Document]:

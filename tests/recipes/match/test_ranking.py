@@ -37,6 +37,13 @@ def test_what_is_not_found_counts_as_nothing():
     assert judge([Ranked(np.zeros(0, np.int64), np.zeros(0))], [{7: 1.0}]) == dict.fromkeys(found, 0.0)
 
 
+def test_words_with_one_stem_are_one_word_where_asked_to_be():
+    texts = ["the flow over wings", "flowing flows", "a wing"]
+    assert [one.documents.tolist() for one in Lexical(texts).rank(["flow", "wings"], 9)] == [[0], [0]]
+    stemmed = Lexical(texts, "english").rank(["flowed", "wings"], 9)
+    assert [one.documents.tolist() for one in stemmed] == [[1, 0], [2, 0]]
+
+
 def test_bm25_is_lucenes_formula():
     """Scores of (https://doi.org/10.1561/1500000019, section 3) with the idf that is never negative."""
     words = [re.findall(r"\w\w+", text) for text in TEXTS]
