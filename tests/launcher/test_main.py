@@ -38,6 +38,7 @@ Version: 0.1.0
 Provides-Extra: train
 Provides-Extra: test
 Provides-Extra: low-bit
+Provides-Extra: search
 Requires-Dist: torch>=2.11,<2.14; extra == "train"
 """
 
