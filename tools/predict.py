@@ -333,8 +333,9 @@ def _last_said(value: Any) -> str:
 def _cell(one: dict[str, Any]) -> str:
     if "error" in one:
         return f"error: {one['error']}"
-    if name := next((name for name in PLAIN if name in one), None):
-        return PLAIN[name].format(one[name]) or "-"
+    for name, form in PLAIN.items():
+        if name in one:
+            return form.format(one[name]) or "-"
     if "answer" in one:
         return f"{one['answer'] or '-'} {one['probability']:.1%}"
     shown = _listed(one)
