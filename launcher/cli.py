@@ -1,4 +1,7 @@
-"""The command line: a table from verb to typed function. What is heavy is imported inside the verb that needs it."""
+"""The command line: a table from verb to typed function. What is heavy is imported inside the verb that needs it.
+
+Longer than other files: all verbs and their flags stand in one place.
+"""
 
 import argparse
 import contextlib

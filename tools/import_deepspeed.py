@@ -22,8 +22,9 @@ from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 from bigbatch.recipes.core.models.decoder import Decoder, hugging_face_tensors, section_from_hugging_face
 from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.recipe import RECORD_FILE
 from bigbatch.recipes.core.tensor_file import Entry, sync_folder, write_tensors
-from bigbatch.tools.convert import RECORD_FILE, TOKENIZER_FILES, write_text
+from bigbatch.tools.convert import TOKENIZER_FILES, write_text
 
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_\d+_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")

@@ -20,11 +20,16 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.metrics import classification_figures
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
-from bigbatch.recipes.core.models.hugging_face import Piece, label_tables, read_json
+from bigbatch.recipes.core.models.hugging_face import (
+    Piece,
+    conversion_record,
+    label_tables,
+    read_json,
+    untrained_document,
+)
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import Start, find_start
 
-RECORD_FILE = "conversion.json"  # what `bigbatch convert` writes beside the weights
 ARCHITECTURE = "ForSequenceClassification"
 """How the names of transformers' classes of this kind end."""
 
@@ -186,16 +191,12 @@ def open_folder(folder: Path) -> tuple[ClassifyConfig, dict[str, Any], nn.Module
     table = settings.get("id2label") or {}
     length = min(512, settings.get("max_position_embeddings") or 512)
     is_multi_label = settings.get("problem_type") == problem_type(multi_label=True)
-    document: dict[str, Any] = {
-        "version": 1,
-        "model": {"backbone": "encoder", "initialize_from": str(folder), "keep_head": True},
-        "data": {"train": [str(folder)], "sequence_length": length, "multi_label": is_multi_label},
-        "batch": {"global_size": 1},
-        "optimizer": {"learning_rate": 1.0},
-        "schedule": {"total_steps": 1},
-    }
-    record = read_json(folder / RECORD_FILE)["run"] if (folder / RECORD_FILE).exists() else {}
-    document |= {key: record[key] for key in ("data", "objective") if key in record}
+    document = untrained_document(
+        model={"backbone": "encoder", "initialize_from": str(folder), "keep_head": True},
+        data={"train": [str(folder)], "sequence_length": length, "multi_label": is_multi_label},
+    )
+    run = conversion_record(folder)["run"]
+    document |= {key: run[key] for key in ("data", "objective") if key in run}
     config = ClassifyConfig.model_validate_json(json.dumps(document))
     facts = {
         "vocabulary_size": start.vocabulary_size,

@@ -15,7 +15,7 @@ from bigbatch.recipes.classify_images.config import ClassifyImagesConfig
 from bigbatch.recipes.classify_images.images import open_image
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.metrics import classification_figures
-from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.models.hugging_face import conversion_record, read_json, untrained_document
 from bigbatch.recipes.core.models.vision import (
     VisionTransformer,
     load_vision,
@@ -26,7 +26,6 @@ from bigbatch.recipes.core.models.vision import (
 )
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 
-RECORD_FILE = "conversion.json"  # what `bigbatch convert` writes beside the weights
 PROCESSOR_FILE = "preprocessor_config.json"
 ARCHITECTURE = "ForImageClassification"
 """How the names of transformers' classes of this kind end."""
@@ -199,21 +198,16 @@ def open_folder(folder: Path) -> tuple[ClassifyImagesConfig, dict[str, Any], nn.
             raise UserError(str(folder / PROCESSOR_FILE), f"{name} is {processor[name]}; right is 0.5 for each")
     if settings["num_channels"] not in (1, 3):
         raise UserError(str(folder), f"is for images of {settings['num_channels']} channels; right is 1 or 3")
-    document: dict[str, Any] = {
-        "version": 1,
-        "data": {
-            "train": [{"path": str(folder)}],
-            "image_size": settings["image_size"],
-            "channels": "grey" if settings["num_channels"] == 1 else "color",
-            "resize": "stretch",
-        },
-        "batch": {"global_size": 1},
-        "optimizer": {"learning_rate": 1.0},
-        "schedule": {"total_steps": 1},
+    data_section = {
+        "train": [{"path": str(folder)}],
+        "image_size": settings["image_size"],
+        "channels": "grey" if settings["num_channels"] == 1 else "color",
+        "resize": "stretch",
     }
-    record = read_json(folder / RECORD_FILE)["run"] if (folder / RECORD_FILE).exists() else {}
-    document |= {"data": record["data"]} if record else {}
-    document["model"] = {**section.model_dump(), "initialize_from": str(folder)}
+    document = untrained_document(
+        model={**section.model_dump(), "initialize_from": str(folder)},
+        data=conversion_record(folder)["run"].get("data", data_section),
+    )
     config = ClassifyImagesConfig.model_validate_json(json.dumps(document))
     facts = {"labels": stored_labels(settings)}
     return config, facts, build_model(config, facts).eval()

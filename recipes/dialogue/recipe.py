@@ -11,7 +11,7 @@ from bigbatch.recipes.core.data.splits import SPLITS
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.generate import Completion, Sampling, generate, load_model
 from bigbatch.recipes.core.models.decoder import Decoder
-from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.parallel import ALONE, Axis
 from bigbatch.recipes.core.recipe import DataSplits
 from bigbatch.recipes.core.start_decoder import DecoderStart, find_decoder, load_decoder
@@ -23,7 +23,6 @@ ARCHITECTURE = ("LMHeadModel", "ForCausalLM")
 """How the names of transformers' classes of this kind end."""
 FIELDS = ("messages",)
 """What an input of the predictor consists of; a plain text stands for one message of the user."""
-RECORD_FILE = "conversion.json"  # what `bigbatch convert` writes beside the weights
 REPLIES_AT_ONCE = 16
 
 count_targets, loss, metrics = language_model.count_targets, language_model.loss, language_model.metrics
@@ -123,16 +122,12 @@ def predictor(
 def open_folder(folder: Path) -> tuple[DialogueConfig, dict[str, Any], Decoder]:
     """Open a Hugging Face folder of a model with a chat template, to predict with."""
     loaded = load_model(folder)
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {"run": {}}
-    document = {
-        "version": 1,
-        "model": loaded.section.model_dump(mode="json"),
-        "data": {"train": [str(folder)], "sequence_length": loaded.section.max_positions},
-        "batch": {"global_size": 1},
-        "optimizer": {"learning_rate": 1.0},
-        "schedule": {"total_steps": 1},
-    }
-    document |= {"sample": record["run"]["sample"]} if record["run"].get("recipe") == "dialogue" else {}
+    run = conversion_record(folder)["run"]
+    document = untrained_document(
+        model=loaded.section.model_dump(mode="json"),
+        data={"train": [str(folder)], "sequence_length": loaded.section.max_positions},
+    )
+    document |= {"sample": run["sample"]} if run.get("recipe") == "dialogue" else {}
     config = DialogueConfig.model_validate_json(json.dumps(document))
     return config, {"tokenizer": str(folder), "end_of_text": open_chat(folder).tokenizer.end_of_text}, loaded.model
 

@@ -16,8 +16,8 @@ from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
-from bigbatch.recipes.core.models.hugging_face import Piece, label_tables, read_json
-from bigbatch.recipes.core.recipe import RECORD_FILE, Batch, DataSplits, HuggingFaceExport, Loss, Outputs
+from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, label_tables, untrained_document
+from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import (
     CONFIG_FILE,
     WHERE,
@@ -181,18 +181,13 @@ def hugging_face(config: ExtractConfig, facts: dict[str, Any]) -> HuggingFaceExp
 def open_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any], nn.Module]:
     """Open a Hugging Face folder of a BERT that tags words, or one that this recipe has written, to predict with."""
     start = _native(find_start(str(folder)))
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {"run": {}}
     labels = read_labels(folder)
     length = min(256, (start.encoder or {})["max_positions"])
-    document = {
-        "version": 1,
-        "data": {"task": "entities", "train": [str(folder)], "sequence_length": length},
-        **({"data": record["run"]["data"]} if "data" in record["run"] else {}),
-        "model": {"backbone": "encoder", "initialize_from": str(folder), "keep_head": True},
-        "batch": {"global_size": 1},
-        "optimizer": {"learning_rate": 1.0},
-        "schedule": {"total_steps": 1},
-    }
+    data = {"task": "entities", "train": [str(folder)], "sequence_length": length}
+    document = untrained_document(
+        data=conversion_record(folder)["run"].get("data", data),
+        model={"backbone": "encoder", "initialize_from": str(folder), "keep_head": True},
+    )
     config = ExtractConfig.model_validate_json(json.dumps(document))
     facts = {"vocabulary_size": start.vocabulary_size, "tokenizer": str(folder), "encoder": start.encoder}
     facts["labels"] = labels

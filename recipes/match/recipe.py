@@ -17,8 +17,8 @@ from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer, load_tok
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
-from bigbatch.recipes.core.models.hugging_face import Piece, read_json
-from bigbatch.recipes.core.recipe import RECORD_FILE, Batch, DataSplits, HuggingFaceExport, Loss, Outputs
+from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, read_json, untrained_document
+from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import Start, find_start, native_start, starting_shape, starting_vocabulary
 from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.match import data, samples
@@ -306,22 +306,13 @@ def open_folder(folder: Path) -> tuple[MatchConfig, dict[str, Any], nn.Module]:
     Pooled as 1_Pooling of sentence-transformers says, by default by the mean.
     """
     start = native_start(find_start(str(folder)))
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {"run": {}}
+    run = conversion_record(folder)["run"]
     pooling = folder / "1_Pooling" / "config.json"
     is_first = pooling.exists() and read_json(pooling).get("pooling_mode_cls_token")
-    document = {
-        "version": 1,
-        "data": {
-            "train": [str(folder)],
-            "sequence_length": min(512, (start.encoder or {})["max_positions"]),
-            "group_size": 2,
-        },
-        "batch": {"global_size": 1},
-        "optimizer": {"learning_rate": 1.0},
-        "schedule": {"total_steps": 1},
-    }
-    document |= {key: record["run"][key] for key in ("data", "objective", "search") if key in record["run"]}
-    is_cross = record["run"].get("model", {}).get("kind") == "cross"
+    length = min(512, (start.encoder or {})["max_positions"])
+    document = untrained_document(data={"train": [str(folder)], "sequence_length": length, "group_size": 2})
+    document |= {key: run[key] for key in ("data", "objective", "search") if key in run}
+    is_cross = run.get("model", {}).get("kind") == "cross"
     pooled = {"kind": "cross", "keep_head": True} if is_cross else {"pooling": "first" if is_first else "mean"}
     document["model"] = {"initialize_from": str(folder), **pooled}
     config = MatchConfig.model_validate_json(json.dumps(document))

@@ -15,7 +15,7 @@ from bigbatch.recipes.core.data.splits import SPLITS
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
-from bigbatch.recipes.core.models.hugging_face import Piece, read_json
+from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, untrained_document
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import Start, find_start, native_start, starting_shape, starting_vocabulary
 from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
@@ -34,7 +34,6 @@ from bigbatch.recipes.question_answering.scores import (
     word_f1,
 )
 
-RECORD_FILE = "conversion.json"  # what `bigbatch convert` writes beside the weights
 ARCHITECTURE = "ForQuestionAnswering"
 """How the names of transformers' classes of this kind end."""
 FIELDS = ("question", "context")
@@ -185,16 +184,12 @@ def open_folder(folder: Path) -> tuple[QuestionAnsweringConfig, dict[str, Any], 
     One that this project has not written is taken to know that there may be no answer, at a threshold of 0.
     """
     start = native_start(find_start(str(folder)))
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {"run": {}}
+    record = conversion_record(folder)
     length = min(384, (start.encoder or {})["max_positions"])
-    document = {
-        "version": 1,
-        "model": {"initialize_from": str(folder), "keep_head": True},
-        "data": {"train": [str(folder)], "sequence_length": length, "question_tokens": min(64, length // 2)},
-        "batch": {"global_size": 1},
-        "optimizer": {"learning_rate": 1.0},
-        "schedule": {"total_steps": 1},
-    }
+    document = untrained_document(
+        model={"initialize_from": str(folder), "keep_head": True},
+        data={"train": [str(folder)], "sequence_length": length, "question_tokens": min(64, length // 2)},
+    )
     document |= {key: record["run"][key] for key in ("data", "answers") if key in record["run"]}
     config = QuestionAnsweringConfig.model_validate_json(json.dumps(document))
     facts = {"vocabulary_size": start.vocabulary_size, "tokenizer": str(folder), "encoder": start.encoder}

@@ -14,8 +14,8 @@ from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
 from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.hugging_face import read_json
-from bigbatch.recipes.core.recipe import RECORD_FILE, Batch, DataSplits, HuggingFaceExport, Loss, Outputs
+from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
+from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.summarize import data, extracting, writing
 from bigbatch.recipes.summarize.config import SummarizeConfig
@@ -131,17 +131,11 @@ def hugging_face(config: SummarizeConfig, facts: dict[str, Any]) -> HuggingFaceE
 
 def open_folder(folder: Path) -> tuple[SummarizeConfig, dict[str, Any], nn.Module]:
     """Open a Hugging Face folder that `bigbatch convert` has written, to predict with."""
-    record = read_json(folder / RECORD_FILE)["run"]
-    backbone = record["model"]["backbone"]
+    run = conversion_record(folder)["run"]
+    backbone = run["model"]["backbone"]
     head = {"keep_head": True} if backbone == "encoder" else {}
-    document = {
-        "version": 1,
-        "model": {"backbone": backbone, "initialize_from": str(folder), **head},
-        "batch": {"global_size": 1},
-        "optimizer": {"learning_rate": 1.0},
-        "schedule": {"total_steps": 1},
-    }
-    document |= {key: record[key] for key in ("data", "objective", "summary", "search")}
+    document = untrained_document(model={"backbone": backbone, "initialize_from": str(folder), **head})
+    document |= {key: run[key] for key in ("data", "objective", "summary", "search")}
     config = SummarizeConfig.model_validate_json(json.dumps(document))
     way = _way(config)
     facts = {"tokenizer": str(folder), **way.starting_facts(config, folder, way.find(config))}

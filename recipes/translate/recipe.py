@@ -16,7 +16,7 @@ from bigbatch.recipes.core.data.splits import SPLITS
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import Seq2SeqSection
-from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.models.seq2seq import hugging_face_config, hugging_face_tensors
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start_seq2seq import Seq2SeqStart, build_seq2seq, find_seq2seq_start, starting_facts
@@ -25,7 +25,6 @@ from bigbatch.recipes.translate.config import TranslateConfig
 from bigbatch.recipes.translate.model import QualityModel
 from bigbatch.recipes.translate.translating import judge, open_translator, translate
 
-RECORD_FILE = "conversion.json"  # what `bigbatch convert` writes beside the weights
 ARCHITECTURE = ("MarianMTModel", "BartForConditionalGeneration")
 """How the names of transformers' classes of this kind end."""
 INPUTS = ("tokens", "written", "labels", "documents", "target_documents")  # of a batch, what the model takes
@@ -194,16 +193,11 @@ def hugging_face(config: TranslateConfig, facts: dict[str, Any]) -> HuggingFaceE
 def open_folder(folder: Path) -> tuple[TranslateConfig, dict[str, Any], nn.Module]:
     """Open a Hugging Face folder of an encoder-decoder, to predict with."""
     start = find_seq2seq_start(str(folder))
-    document = {
-        "version": 1,
-        "model": {"initialize_from": str(folder)},
-        "data": {"train": [str(folder)]},
-        "batch": {"global_size": 1},
-        "optimizer": {"learning_rate": 1.0},
-        "schedule": {"total_steps": 1},
-    }
-    if (folder / RECORD_FILE).exists():
-        document["search"] = read_json(folder / RECORD_FILE)["run"].get("search", {})
+    document = untrained_document(
+        model={"initialize_from": str(folder)},
+        data={"train": [str(folder)]},
+        search=conversion_record(folder)["run"].get("search", {}),
+    )
     config = TranslateConfig.model_validate_json(json.dumps(document))
     facts = starting_facts(config.model, folder, start) | {"tokenizer": str(folder)}
     return config, facts, build_model(config, facts).eval()

@@ -5,6 +5,8 @@ tied embedding belongs to two modules. Post-norm with absolute positions is BERT
 and from transformers' BertForMaskedLM; for the other forms transformers has no class.
 
 Shapes: B rows, T tokens, K targets a row, D hidden size, H heads, E size of a head, V vocabulary.
+
+Longer than other files: the layers, the heads of pretraining, and how transformers names their weights.
 """
 
 from pathlib import Path

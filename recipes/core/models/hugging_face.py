@@ -11,6 +11,7 @@ from torch import nn
 
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layout import logical_shape, share_of
+from bigbatch.recipes.core.recipe import RECORD_FILE
 
 
 class Piece(NamedTuple):
@@ -127,3 +128,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UserError(str(path), f"holds a {type(document).__name__}, not an object")
     return document
+
+
+def conversion_record(folder: Path) -> dict[str, Any]:
+    """Return what `bigbatch convert` has written beside the weights; its `run` is empty where it was not there."""
+    path = folder / RECORD_FILE
+    return {"run": {}, **(read_json(path) if path.exists() else {})}
+
+
+def untrained_document(**sections: Any) -> dict[str, Any]:
+    """Return a run document for a model that is opened and not trained: with the least of what every one must say."""
+    least = {"batch": {"global_size": 1}, "optimizer": {"learning_rate": 1.0}, "schedule": {"total_steps": 1}}
+    return {"version": 1, **least, **sections}
