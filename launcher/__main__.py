@@ -36,7 +36,7 @@ MIN_PYTHON = (3, 11)
 TORCH = "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 RUN_EXTRAS = ("train",)
-TEST_EXTRAS = ("low-bit", "search", "test", "train")
+TEST_EXTRAS = ("deploy", "low-bit", "search", "serve", "test", "train")
 CPU_INSTALL_BYTES = 3 * 10**9
 GPU_INSTALL_BYTES = 12 * 10**9
 # Of two processes: the emulated cluster mostly waits, and many tests start ranks. tests/conftest.py makes the groups.
