@@ -88,7 +88,7 @@ def stream(
         running = np.ones(len(limits), dtype=bool)
         for step in range(int(max(limits))):
             uniforms = np.tile([generator.random() for generator in generators], len(prompts))
-            chosen = _choose(logits, sampling, uniforms)
+            chosen = choose(logits, sampling, uniforms)
             tokens = chosen.tolist()
             running &= (step < limits) & ~np.isin(tokens, sampling.stop_tokens)
             if not running.any():
@@ -149,7 +149,7 @@ def next_logits(model: Model, tokens: torch.Tensor, cache: Cache) -> torch.Tenso
     return model(tokens, cache=cache, last_only=True)[:, -1]
 
 
-def _choose(logits: torch.Tensor, sampling: Sampling, uniforms: np.ndarray) -> torch.Tensor:
+def choose(logits: torch.Tensor, sampling: Sampling, uniforms: np.ndarray) -> torch.Tensor:
     """Choose a token [R] for each row of logits [R, V]: the likeliest, or where the distribution passes `uniforms`."""
     if sampling.temperature == 0:
         return logits.argmax(-1)

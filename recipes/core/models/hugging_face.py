@@ -84,6 +84,12 @@ class WeightFolder:
         except (SafetensorError, OSError) as error:
             raise UserError(str(path), f"cannot be read ({error})") from None
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return one tensor's shape without reading it."""
+        stored = name.removeprefix(self.prefix)
+        with safe_open(self.files[stored], framework="pt") as file:
+            return tuple(file.get_slice(stored).get_shape())
+
     def _names(self, path: Path) -> list[str]:
         try:
             with safe_open(path, framework="pt") as file:

@@ -7,7 +7,7 @@ import transformers
 
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.generate import Completion, Sampling, _choose, generate, load_model, stream
+from bigbatch.recipes.core.generate import Completion, Sampling, choose, generate, load_model, stream
 from bigbatch.recipes.core.models.config import DecoderSection
 from bigbatch.recipes.core.models.decoder import Decoder, hugging_face_config, hugging_face_state
 from bigbatch.recipes.core.tensor_file import Entry, write_tensors
@@ -120,7 +120,7 @@ def test_the_models_mode_and_its_gradients_are_left_alone():
 
 def shares(logits, sampling, draws=20_000):
     uniforms = (np.arange(draws) + 0.5) / draws
-    tokens = _choose(torch.tensor(logits).repeat(draws, 1), sampling, uniforms)
+    tokens = choose(torch.tensor(logits).repeat(draws, 1), sampling, uniforms)
     return torch.bincount(tokens, minlength=len(logits)) / draws
 
 

@@ -1,0 +1,1 @@
+"""Where exported models run: a module an engine, each with `open_session(folder, threads)`."""

@@ -1,0 +1,1 @@
+"""What writes a format: a module each, with `make(source, partial, options)`."""
