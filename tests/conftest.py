@@ -71,6 +71,24 @@ def toy() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Give a function that returns an untrained run of a kind of tiny_models.py and its Hugging Face folder.
+
+    Both are made once and are not to be changed.
+    """
+
+    @functools.cache
+    def make(kind: str) -> tuple[Path, Path]:
+        from bigbatch.tools.convert import convert
+
+        run = load_program("tiny_models").write_run(tmp_path_factory.mktemp(kind) / "run", kind)
+        convert(run, run.with_name("model"))
+        return run, run.with_name("model")
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def kept_golden() -> Callable[[str, Callable[[], Any]], Any]:
     """Give a function that returns what tests/golden keeps under a name; measured and written first when asked to."""
 

@@ -88,29 +88,12 @@ def open_predictor(path: Path, here: Path = Path()) -> tuple[Predict, Fields]:
     import torch
 
     from bigbatch.recipes.core import recipe as recipes
-    from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
+    from bigbatch.tools.opened import open_model
 
+    opened = open_model(path, must_predict=True)
+    recipe, config = opened.recipe, opened.config
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":  # else DeepSpeed, which transformers imports, says on standard output that it had to guess
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if (path / "config.json").is_file():
-        recipe = recipes.find(recipes.of_folder(path))
-        config, facts, model = recipe.open_folder(path)
-    elif (path / "run.json").is_file() or (path / MANIFEST).is_file():
-        reader = open_checkpoint(path)
-        document, facts = reader.manifest["run"], reader.manifest["facts"]
-        recipe = recipes.find(document["recipe"])
-        if recipes.further(recipe, "predictor") is None:
-            instead = "; right is bigbatch generate" if "family" in document.get("model", {}) else ""
-            raise UserError(str(path), f"is a model of the recipe {document['recipe']!r}, which predicts none{instead}")
-        config = recipes.find_config(document["recipe"]).model_validate_json(json.dumps(document))
-        model = recipe.build_model(config, facts, initialize=False)
-        fill(reader, model)
-    elif not path.exists():
-        raise UserError(str(path), "there is no such folder; give a run folder, a checkpoint or a Hugging Face folder")
-    else:
-        raise UserError(str(path), "has no run.json, no manifest.json and no config.json: no model that can be opened")
-    predict = recipe.predictor(config, facts, model.to(device).eval())
+    predict = recipe.predictor(config, opened.facts, opened.model.to(device))
     if recipes.further(recipe, "READS_FILES"):
         return (lambda names: predict([str(here / Path(name).expanduser()) for name in names])), ()
     fields = recipes.further(recipe, "fields")

@@ -13,6 +13,7 @@ from torch import nn
 from bigbatch.recipes.classify.backbones import AttentionBackbone, RecurrentBackbone
 from bigbatch.recipes.classify.config import ClassifyConfig
 from bigbatch.recipes.classify.heads import build_other
+from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.layers import Linear
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Encoder, Pooler
@@ -136,6 +137,30 @@ def build_classifier(config: ClassifyConfig, facts: dict[str, Any], initialize: 
     start_encoder(backbone.encoder, backbone.pooler, section, size, initialize)
     if source and section.keep_head:
         _load_head(model, source, labels)
+    return model
+
+
+class ForeignBackbone(nn.Module):
+    """A session that gives the logits of windows."""
+
+    def __init__(self, encoder: ForeignEncoder, num_labels: int) -> None:
+        super().__init__()
+        self.feature_size, self.encoder = num_labels, encoder
+
+    def forward(
+        self, tokens: torch.Tensor, documents: torch.Tensor, firsts: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits [W, C] of windows that lie in tokens [R, T]."""
+        return self.encoder(tokens, documents=documents).flatten(0, 1)[firsts]
+
+
+def foreign_classifier(config: ClassifyConfig, facts: dict[str, Any], session: Session) -> Classifier:
+    """Build a classifier whose logits a session gives."""
+    objective = Objective(config.data.multi_label, config.objective.label_smoothing, facts.get("class_weights"))
+    other = facts.get("hugging_face") or {}
+    encoder = ForeignEncoder(session, "logits", has_segments=not other, padding=other.get("pad_token_id") or 0)
+    model = Classifier(ForeignBackbone(encoder, len(facts["labels"])), len(facts["labels"]), 0.0, objective)
+    model.head = nn.Identity()  # type: ignore[assignment]
     return model
 
 

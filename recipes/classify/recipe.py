@@ -12,11 +12,12 @@ from torch import nn
 from bigbatch.recipes.classify import data
 from bigbatch.recipes.classify.config import ClassifyConfig, ObjectiveSection
 from bigbatch.recipes.classify.heads import problem_type
-from bigbatch.recipes.classify.models import build_classifier
+from bigbatch.recipes.classify.models import build_classifier, foreign_classifier
 from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.clean import clean
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import Session
 from bigbatch.recipes.core.metrics import classification_figures
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
@@ -185,8 +186,8 @@ def hugging_face(config: ClassifyConfig, facts: dict[str, Any]) -> HuggingFaceEx
     return HuggingFaceExport(settings, tensors, auto_class=auto_class)
 
 
-def open_folder(folder: Path) -> tuple[ClassifyConfig, dict[str, Any], nn.Module]:
-    """Open a Hugging Face folder of a text classifier, to predict with; texts are cut at its longest length."""
+def describe_folder(folder: Path) -> tuple[ClassifyConfig, dict[str, Any]]:
+    """Describe a Hugging Face folder of a text classifier, to predict with; texts are cut at its longest length."""
     settings, start = read_json(folder / "config.json"), find_start(str(folder))
     table = settings.get("id2label") or {}
     length = min(512, settings.get("max_position_embeddings") or 512)
@@ -205,7 +206,12 @@ def open_folder(folder: Path) -> tuple[ClassifyConfig, dict[str, Any], nn.Module
         "encoder": start.encoder,
         "hugging_face": start.hugging_face,
     }
-    return config, facts, build_classifier(config, facts, initialize=True).eval()
+    return config, facts
+
+
+def foreign(config: ClassifyConfig, facts: dict[str, Any], session: Session) -> nn.Module:
+    """Return what stands in for the model where a session gives the logits of windows."""
+    return foreign_classifier(config, facts, session)
 
 
 def _start(config: ClassifyConfig) -> Start | None:

@@ -14,6 +14,7 @@ from bigbatch.recipes.classify_images import data
 from bigbatch.recipes.classify_images.config import ClassifyImagesConfig
 from bigbatch.recipes.classify_images.images import open_image
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import ForeignVision, Session
 from bigbatch.recipes.core.metrics import classification_figures
 from bigbatch.recipes.core.models.hugging_face import conversion_record, read_json, untrained_document
 from bigbatch.recipes.core.models.vision import (
@@ -65,7 +66,7 @@ def build_model(config: ClassifyImagesConfig, facts: dict[str, Any], initialize:
 class ImageClassifier(nn.Module):
     """A model and its loss."""
 
-    def __init__(self, model: VisionTransformer, label_smoothing: float) -> None:
+    def __init__(self, model: nn.Module, label_smoothing: float) -> None:
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
 
@@ -132,7 +133,7 @@ def figure_names(config: ClassifyImagesConfig, facts: dict[str, Any]) -> list[st
 def flops_per_sample(config: ClassifyImagesConfig, facts: dict[str, Any]) -> float:
     """Count 6 operations a token for each weight, and 12 T D for its attention (arXiv 2001.08361, section 2.1)."""
     with torch.device("meta"):
-        model = build_model(config, facts, initialize=False)
+        model: Any = build_model(config, facts, initialize=False)
     num_tokens = model.model.embed.positions.shape[1]
     weights = sum(parameter.numel() for parameter in model.parameters()) - model.model.embed.positions.numel()
     attention = 12 * config.model.num_layers * num_tokens * config.model.hidden_size
@@ -165,6 +166,11 @@ def predictor(
     return predict
 
 
+def foreign(config: ClassifyImagesConfig, facts: dict[str, Any], session: Session) -> nn.Module:
+    """Return what stands in for the model where a session gives the logits of images."""
+    return ImageClassifier(ForeignVision(session), config.objective.label_smoothing)
+
+
 def hugging_face(config: ClassifyImagesConfig, facts: dict[str, Any]) -> HuggingFaceExport:
     """Name the model's tensors and settings as transformers does; raise UserError where it has no such class."""
     labels, shape = facts["labels"], config.data
@@ -188,8 +194,8 @@ def hugging_face(config: ClassifyImagesConfig, facts: dict[str, Any]) -> Hugging
     return HuggingFaceExport(settings, tensors, auto_class=f"AutoModel{ARCHITECTURE}", processor=processor)
 
 
-def open_folder(folder: Path) -> tuple[ClassifyImagesConfig, dict[str, Any], nn.Module]:
-    """Open a Hugging Face folder of a ViT for image classification, to predict with."""
+def describe_folder(folder: Path) -> tuple[ClassifyImagesConfig, dict[str, Any]]:
+    """Describe a Hugging Face folder of a ViT for image classification, to predict with."""
     settings = read_json(folder / "config.json")
     section = section_from_hugging_face(settings)
     processor = read_json(folder / PROCESSOR_FILE) if (folder / PROCESSOR_FILE).exists() else {}
@@ -209,5 +215,4 @@ def open_folder(folder: Path) -> tuple[ClassifyImagesConfig, dict[str, Any], nn.
         data=conversion_record(folder)["run"].get("data", data_section),
     )
     config = ClassifyImagesConfig.model_validate_json(json.dumps(document))
-    facts = {"labels": stored_labels(settings)}
-    return config, facts, build_model(config, facts).eval()
+    return config, {"labels": stored_labels(settings)}

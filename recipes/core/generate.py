@@ -14,13 +14,15 @@ import torch
 
 from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import ForeignDecoder, ForeignSeq2Seq
 from bigbatch.recipes.core.models.config import DecoderSection
 from bigbatch.recipes.core.models.decoder import Decoder, KeyValueCache, load_hugging_face, section_from_hugging_face
 from bigbatch.recipes.core.models.hugging_face import read_json
-from bigbatch.recipes.core.models.seq2seq import Seq2Seq, Seq2SeqCache
+from bigbatch.recipes.core.models.seq2seq import Seq2Seq
 
-Model = Decoder | Seq2Seq
-Cache = KeyValueCache | Seq2SeqCache
+Model = Decoder | Seq2Seq | ForeignDecoder | ForeignSeq2Seq
+Cache = Any
+"""KeyValueCache, Seq2SeqCache or ForeignCache, as the model is."""
 Tokens = Sequence[Sequence[int]]
 
 
@@ -79,6 +81,10 @@ def stream(
     if not prompts:
         return
     limits = [_limit(model, prompt, sampling.max_new_tokens) for prompt in prompts]
+    write = getattr(getattr(model, "session", None), "stream_tokens", None)
+    if write:
+        yield from write(prompts, sampling)
+        return
     limits = np.repeat(limits, sampling.num_samples)
     generators = [np.random.default_rng((sampling.seed, sample)) for sample in range(sampling.num_samples)]
     was_training = model.training
@@ -130,10 +136,12 @@ def read_prompts(
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[longest - len(prompt) :] = torch.tensor(prompt)
-    if isinstance(model, Seq2Seq):
+    if isinstance(model, Seq2Seq | ForeignSeq2Seq):
         if sources is None or not all(map(len, sources)):
             raise UserError("source", "is missing or empty; it needs one token at least")
         cache = model.open_cache(sources, longest + num_new_tokens, padding)
+    elif isinstance(model, ForeignDecoder):
+        cache = model.open_cache(padding)
     else:
         cache = KeyValueCache(model, len(prompts), longest + num_new_tokens, padding)
     logits = next_logits(model, tokens.to(device), cache)
@@ -144,7 +152,7 @@ def read_prompts(
 @torch.no_grad()  # not inference_mode: weights that ZeRO-3 gathers there could not take part in training any more
 def next_logits(model: Model, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Return the logits [R, V] behind the last of tokens [R, T]."""
-    if isinstance(model, Seq2Seq) and isinstance(cache, Seq2SeqCache):
+    if isinstance(model, Seq2Seq | ForeignSeq2Seq):
         return model.decode(tokens, cache)[:, -1]
     return model(tokens, cache=cache, last_only=True)[:, -1]
 

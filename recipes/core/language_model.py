@@ -12,6 +12,7 @@ from torch import nn
 
 from bigbatch.recipes.core.config import SamplingSection
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
+from bigbatch.recipes.core.foreign import ForeignDecoder, Session
 from bigbatch.recipes.core.generate import Sampling
 from bigbatch.recipes.core.models.decoder import Decoder, hugging_face_config, hugging_face_tensors
 from bigbatch.recipes.core.models.mixture import MixtureFeedForward
@@ -63,6 +64,11 @@ def hugging_face(config: Any, facts: dict[str, Any]) -> HuggingFaceExport:
     if sample.temperature > 0:
         generation |= {"temperature": sample.temperature, "top_k": sample.top_k, "top_p": sample.top_p}
     return HuggingFaceExport(hugging_face_config(section, size), hugging_face_tensors(section, size), generation)
+
+
+def foreign(config: Any, facts: dict[str, Any], session: Session) -> ForeignDecoder:
+    """Return what stands in for the decoder that a session runs."""
+    return ForeignDecoder(session, config.model)
 
 
 def sampling_of(section: SamplingSection, seed: int, stop_tokens: tuple[int, ...]) -> Sampling:

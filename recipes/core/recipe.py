@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # the launcher finds a recipe's configuration on a machine wi
     import numpy as np
     import torch
 
+    from bigbatch.recipes.core.foreign import Session
+
 RECORD_FILE = "conversion.json"  # what `bigbatch convert` writes beside the weights
 Batch = dict[str, Any]  # name -> tensor [B, ...] on the rank's device
 
@@ -176,8 +178,19 @@ class Further(Protocol):
         """
         ...
 
-    def open_folder(self, folder: Path) -> tuple[Any, dict[str, Any], "torch.nn.Module"]:
-        """Open a Hugging Face folder of the recipe's kind: (config, facts, model) for `predictor`."""
+    def describe_folder(self, folder: Path) -> tuple[Any, dict[str, Any]]:
+        """Return (config, facts) of a Hugging Face folder of the recipe's kind; no weights are read.
+
+        They are what `build_model` reads them by, and `foreign` needs, and then `predictor`.
+        """
+        ...
+
+    def describes(self, folder: Path) -> bool:
+        """Tell whether a folder of the right ARCHITECTURE is of the recipe's kind, where that alone does not tell."""
+        ...
+
+    def foreign(self, config: Any, facts: dict[str, Any], session: "Session") -> "torch.nn.Module":
+        """Return what stands in for `build_model`'s model where a session runs it: for evaluation, not for training."""
         ...
 
 
@@ -203,7 +216,7 @@ def find(name: str) -> Any:
 
 
 def of_folder(folder: Path) -> str:
-    """Return the recipe whose `open_folder` opens a Hugging Face folder: the one that wrote it, else by its class.
+    """Return the recipe whose `describe_folder` takes a Hugging Face folder: the one that wrote it, else by its class.
 
     Raises UserError where none does.
     """
@@ -214,13 +227,20 @@ def of_folder(folder: Path) -> str:
         raise UserError(str(folder), f"is no Hugging Face folder: config.json cannot be read ({error})") from None
     record = folder / RECORD_FILE
     recorded = json.loads(record.read_text(encoding="utf-8")).get("recipe") if record.is_file() else None
-    if recorded in recipe_names() and further(find(recorded), "open_folder"):
+    if recorded in recipe_names() and further(find(recorded), "describe_folder"):
         return recorded
     for name in recipe_names():
-        ending = further(find(name), "ARCHITECTURE")
-        if ending and architecture.endswith(ending):
+        recipe = find(name)
+        ending, describes = further(recipe, "ARCHITECTURE"), further(recipe, "describes")
+        if ending and architecture.endswith(ending) and (describes is None or describes(folder)):
             return name
     raise UserError(str(folder), f"holds {architecture}, which no recipe predicts with")
+
+
+def open_folder(recipe: Any, folder: Path) -> tuple[Any, dict[str, Any], "torch.nn.Module"]:
+    """Open a Hugging Face folder of a recipe's kind, as a native model: (config, facts, model)."""
+    config, facts = recipe.describe_folder(folder)
+    return config, facts, recipe.build_model(config, facts).eval()
 
 
 def _module(name: str, part: str) -> ModuleType:

@@ -8,8 +8,9 @@ from typing import Any
 from bigbatch.recipes.core import language_model
 from bigbatch.recipes.core.data.chat import Chat, check_messages, fit_request, open_chat
 from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.tokenizing import read_settings
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.generate import Completion, Sampling, generate, load_model
+from bigbatch.recipes.core.generate import Completion, Sampling, generate
 from bigbatch.recipes.core.models.decoder import Decoder
 from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.parallel import ALONE, Axis
@@ -27,6 +28,7 @@ REPLIES_AT_ONCE = 16
 
 count_targets, loss, metrics = language_model.count_targets, language_model.loss, language_model.metrics
 flops_per_sample, hugging_face = language_model.flops_per_sample, language_model.hugging_face
+foreign = language_model.foreign
 
 
 def prepare(config: DialogueConfig) -> Path:
@@ -119,17 +121,23 @@ def predictor(
     return predict
 
 
-def open_folder(folder: Path) -> tuple[DialogueConfig, dict[str, Any], Decoder]:
-    """Open a Hugging Face folder of a model with a chat template, to predict with."""
-    loaded = load_model(folder)
+def describes(folder: Path) -> bool:
+    """Tell whether a folder's tokenizer has a chat template."""
+    return bool(read_settings(folder).get("chat_template"))
+
+
+def describe_folder(folder: Path) -> tuple[DialogueConfig, dict[str, Any]]:
+    """Describe a Hugging Face folder of a model with a chat template, to predict with."""
+    start = find_decoder(str(folder))
     run = conversion_record(folder)["run"]
     document = untrained_document(
-        model=loaded.section.model_dump(mode="json"),
-        data={"train": [str(folder)], "sequence_length": loaded.section.max_positions},
+        model={**start.section.model_dump(mode="json"), "initialize_from": str(folder)},
+        data={"train": [str(folder)], "sequence_length": start.section.max_positions},
     )
     document |= {"sample": run["sample"]} if run.get("recipe") == "dialogue" else {}
     config = DialogueConfig.model_validate_json(json.dumps(document))
-    return config, {"tokenizer": str(folder), "end_of_text": open_chat(folder).tokenizer.end_of_text}, loaded.model
+    facts = {"vocabulary_size": start.vocabulary_size, "tokenizer": str(folder)}
+    return config, facts | {"end_of_text": open_chat(folder).tokenizer.end_of_text}
 
 
 def _start(config: DialogueConfig) -> DecoderStart | None:

@@ -14,6 +14,7 @@ from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
 from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, label_tables, untrained_document
@@ -178,8 +179,8 @@ def hugging_face(config: ExtractConfig, facts: dict[str, Any]) -> HuggingFaceExp
     return HuggingFaceExport(settings, tensors, auto_class=f"AutoModel{kind}")
 
 
-def open_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any], nn.Module]:
-    """Open a Hugging Face folder of a BERT that tags words, or one that this recipe has written, to predict with."""
+def describe_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any]]:
+    """Describe a Hugging Face folder of a BERT that tags words, or one that this recipe has written."""
     start = _native(find_start(str(folder)))
     labels = read_labels(folder)
     length = min(256, (start.encoder or {})["max_positions"])
@@ -196,7 +197,16 @@ def open_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any], nn.Module]
             entities_of_tags(labels)
         except BadSentenceError as error:
             raise UserError(str(folder / CONFIG_FILE), f"id2label {error}") from None
-    return config, facts, build(config, facts, initialize=True).eval()
+    return config, facts
+
+
+def foreign(config: ExtractConfig, facts: dict[str, Any], session: Session) -> nn.Module:
+    """Return what stands in for the model where a session gives the logits of tokens, or of marked pairs."""
+    with torch.device("meta"):
+        model: Any = build(config, facts, initialize=False)
+    model.encoder, model.head = ForeignEncoder(session, "logits"), nn.Identity()
+    model.pooler = model.pooler and nn.Identity()
+    return model
 
 
 def _run(model: Any, batch: Batch) -> tuple[Loss, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Train a GPT-2 or Llama decoder to predict the next token."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,22 @@ from tokenizers import Tokenizer
 from bigbatch.recipes.core import language_model
 from bigbatch.recipes.core.data.prepare import prepare_tokens, prepared_folder
 from bigbatch.recipes.core.data.shards import TokenSamples
-from bigbatch.recipes.core.data.tokenizing import encode_prompt, load_tokenizer
+from bigbatch.recipes.core.data.tokenizing import encode_prompt, load_given_tokenizer, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.generate import generate
 from bigbatch.recipes.core.models.decoder import Decoder, load_hugging_face
+from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.parallel import ALONE, Axis, Mesh
 from bigbatch.recipes.core.recipe import DataSplits
+from bigbatch.recipes.core.start_decoder import find_decoder
 from bigbatch.recipes.core.train import Run
 from bigbatch.recipes.gpt.config import GptConfig
 
 count_targets, loss, metrics = language_model.count_targets, language_model.loss, language_model.metrics
 flops_per_sample, hugging_face = language_model.flops_per_sample, language_model.hugging_face
+foreign = language_model.foreign
+ARCHITECTURE = ("LMHeadModel", "ForCausalLM")
+"""How the names of transformers' classes of this kind end."""
 
 
 def prepare(config: GptConfig) -> Path:
@@ -76,6 +82,18 @@ def samples_of_text(config: GptConfig, model: Decoder, facts: dict[str, Any]) ->
     rows = generate(model, _prompts(config, tokenizer), sampling)
     texts = [tokenizer.decode(completions[0].tokens) for completions in rows]
     return [{"prompt": prompt, "text": text} for prompt, text in zip(config.sample.prompts, texts, strict=True)]
+
+
+def describe_folder(folder: Path) -> tuple[GptConfig, dict[str, Any]]:
+    """Describe a Hugging Face folder of a decoder, to generate with."""
+    start, run = find_decoder(str(folder)), conversion_record(folder)["run"]
+    section = {**start.section.model_dump(mode="json"), "initialize_from": str(folder)}
+    data = {"train": [str(folder)], "sequence_length": start.section.max_positions}
+    document = untrained_document(model=section, data=data)
+    document |= {key: run[key] for key in ("data", "sample") if run.get("recipe") == "gpt"}
+    facts = {"vocabulary_size": start.vocabulary_size, "tokenizer": str(folder)}
+    facts["end_of_text"] = load_given_tokenizer(folder).end_of_text
+    return GptConfig.model_validate_json(json.dumps(document)), facts
 
 
 def _prompts(config: GptConfig, tokenizer: Tokenizer) -> list[list[int]]:

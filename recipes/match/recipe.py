@@ -15,6 +15,7 @@ from bigbatch.recipes.core.data.identity import fingerprint
 from bigbatch.recipes.core.data.splits import SPLITS
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
 from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, read_json, untrained_document
@@ -300,8 +301,8 @@ def _sentence_transformers(config: MatchConfig, section: EncoderSection) -> dict
     }
 
 
-def open_folder(folder: Path) -> tuple[MatchConfig, dict[str, Any], nn.Module]:
-    """Open a Hugging Face folder of a BERT: one of this project's, or else to give texts vectors.
+def describe_folder(folder: Path) -> tuple[MatchConfig, dict[str, Any]]:
+    """Describe a Hugging Face folder of a BERT: one of this project's, or else to give texts vectors.
 
     Pooled as 1_Pooling of sentence-transformers says, by default by the mean.
     """
@@ -317,7 +318,19 @@ def open_folder(folder: Path) -> tuple[MatchConfig, dict[str, Any], nn.Module]:
     document["model"] = {"initialize_from": str(folder), **pooled}
     config = MatchConfig.model_validate_json(json.dumps(document))
     facts = {"vocabulary_size": start.vocabulary_size, "tokenizer": str(folder), "encoder": start.encoder}
-    return config, facts, build_model(config, facts, initialize=True).eval()
+    return config, facts
+
+
+def foreign(config: MatchConfig, facts: dict[str, Any], session: Session) -> nn.Module:
+    """Return what stands in for the model where a session gives the hidden states of texts, or the logits of pairs."""
+    with torch.device("meta"):
+        model: Any = build(config.model, facts, initialize=False)
+    is_cross = config.model.kind == "cross"
+    model.encoder = ForeignEncoder(session, "logits" if is_cross else "last_hidden_state")
+    if is_cross:
+        model.pooler, model.head = nn.Identity(), nn.Identity()
+    model.objective = config.objective
+    return model
 
 
 def _inputs(batch: Batch) -> Batch:

@@ -13,6 +13,7 @@ from torch import nn
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.splits import SPLITS
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
+from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
 from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, untrained_document
@@ -178,8 +179,8 @@ def hugging_face(config: QuestionAnsweringConfig, facts: dict[str, Any]) -> Hugg
     return HuggingFaceExport(settings, tensors, auto_class="AutoModelForQuestionAnswering")
 
 
-def open_folder(folder: Path) -> tuple[QuestionAnsweringConfig, dict[str, Any], nn.Module]:
-    """Open a Hugging Face folder of a BERT that answers questions, to predict with.
+def describe_folder(folder: Path) -> tuple[QuestionAnsweringConfig, dict[str, Any]]:
+    """Describe a Hugging Face folder of a BERT that answers questions, to predict with.
 
     One that this project has not written is taken to know that there may be no answer, at a threshold of 0.
     """
@@ -194,7 +195,16 @@ def open_folder(folder: Path) -> tuple[QuestionAnsweringConfig, dict[str, Any], 
     config = QuestionAnsweringConfig.model_validate_json(json.dumps(document))
     facts = {"vocabulary_size": start.vocabulary_size, "tokenizer": str(folder), "encoder": start.encoder}
     facts |= {"has_null": True, **record.get("facts", {})}
-    return config, facts, build(config.model, config.answers, facts, initialize=True).eval()
+    return config, facts
+
+
+def foreign(config: QuestionAnsweringConfig, facts: dict[str, Any], session: Session) -> nn.Module:
+    """Return what stands in for the model where a session gives the logits of first and last tokens."""
+    with torch.device("meta"):
+        model = build(config.model, config.answers, facts, initialize=False)
+    model.encoder = ForeignEncoder(session, "start_logits", "end_logits")  # type: ignore[assignment]
+    model.head = nn.Identity()  # type: ignore[assignment]
+    return model
 
 
 def _loss(logits: torch.Tensor, batch: Batch) -> Loss:

@@ -14,6 +14,7 @@ from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
 from bigbatch.recipes.core.models.hugging_face import Piece
@@ -51,6 +52,14 @@ def open_split(config: SummarizeConfig, facts: dict[str, Any], split: str) -> Do
 def build(config: SummarizeConfig, facts: dict[str, Any], initialize: bool) -> nn.Module:
     """Build the encoder and its head."""
     return build_model(config, facts, initialize)
+
+
+def foreign(config: SummarizeConfig, facts: dict[str, Any], session: Session) -> nn.Module:
+    """Return the model whose logits of tokens a session gives."""
+    with torch.device("meta"):
+        model: Any = build_model(config, facts, initialize=False)
+    model.encoder, model.head = ForeignEncoder(session, "logits"), nn.Identity()
+    return model
 
 
 def outputs(model: Any, batch: Batch) -> Outputs:

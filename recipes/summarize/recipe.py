@@ -14,6 +14,7 @@ from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
 from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import Session
 from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
@@ -129,8 +130,8 @@ def hugging_face(config: SummarizeConfig, facts: dict[str, Any]) -> HuggingFaceE
     return _way(config).export(config, facts)
 
 
-def open_folder(folder: Path) -> tuple[SummarizeConfig, dict[str, Any], nn.Module]:
-    """Open a Hugging Face folder that `bigbatch convert` has written, to predict with."""
+def describe_folder(folder: Path) -> tuple[SummarizeConfig, dict[str, Any]]:
+    """Describe a Hugging Face folder that `bigbatch convert` has written, to predict with."""
     run = conversion_record(folder)["run"]
     backbone = run["model"]["backbone"]
     head = {"keep_head": True} if backbone == "encoder" else {}
@@ -138,8 +139,12 @@ def open_folder(folder: Path) -> tuple[SummarizeConfig, dict[str, Any], nn.Modul
     document |= {key: run[key] for key in ("data", "objective", "summary", "search")}
     config = SummarizeConfig.model_validate_json(json.dumps(document))
     way = _way(config)
-    facts = {"tokenizer": str(folder), **way.starting_facts(config, folder, way.find(config))}
-    return config, facts, build_model(config, facts).eval()
+    return config, {"tokenizer": str(folder), **way.starting_facts(config, folder, way.find(config))}
+
+
+def foreign(config: SummarizeConfig, facts: dict[str, Any], session: Session) -> nn.Module:
+    """Return what stands in for the model where a session gives the logits of tokens, or writes."""
+    return _way(config).foreign(config, facts, session)
 
 
 def _way(config: SummarizeConfig) -> ModuleType:

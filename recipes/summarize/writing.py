@@ -14,6 +14,7 @@ from bigbatch.recipes.core.data.shards import IGNORED_LABEL
 from bigbatch.recipes.core.data.splits import TRAIN
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import ForeignSeq2Seq, Session
 from bigbatch.recipes.core.models.config import Seq2SeqSection
 from bigbatch.recipes.core.models.seq2seq import hugging_face_config, hugging_face_tensors
 from bigbatch.recipes.core.recipe import Batch, HuggingFaceExport, Loss, Outputs
@@ -53,6 +54,11 @@ def open_split(config: SummarizeConfig, facts: dict[str, Any], split: str) -> Pa
 def build(config: SummarizeConfig, facts: dict[str, Any], initialize: bool) -> nn.Module:
     """Build the encoder-decoder."""
     return build_seq2seq(config.model, facts, config.objective.label_smoothing, initialize)
+
+
+def foreign(config: SummarizeConfig, facts: dict[str, Any], session: Session) -> nn.Module:
+    """Return what stands in for the encoder-decoder that a session runs."""
+    return ForeignSeq2Seq(session, Seq2SeqSection.model_validate_json(json.dumps(facts["shape"])))
 
 
 def outputs(model: Any, batch: Batch) -> Outputs:

@@ -15,6 +15,7 @@ from bigbatch.recipes.core.data.shards import IGNORED_LABEL
 from bigbatch.recipes.core.data.splits import SPLITS
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import ForeignSeq2Seq, Session
 from bigbatch.recipes.core.models.config import Seq2SeqSection
 from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.models.seq2seq import hugging_face_config, hugging_face_tensors
@@ -190,8 +191,8 @@ def hugging_face(config: TranslateConfig, facts: dict[str, Any]) -> HuggingFaceE
     return HuggingFaceExport(settings, hugging_face_tensors(section, size), generation, "AutoModelForSeq2SeqLM")
 
 
-def open_folder(folder: Path) -> tuple[TranslateConfig, dict[str, Any], nn.Module]:
-    """Open a Hugging Face folder of an encoder-decoder, to predict with."""
+def describe_folder(folder: Path) -> tuple[TranslateConfig, dict[str, Any]]:
+    """Describe a Hugging Face folder of an encoder-decoder, to predict with."""
     start = find_seq2seq_start(str(folder))
     document = untrained_document(
         model={"initialize_from": str(folder)},
@@ -199,8 +200,12 @@ def open_folder(folder: Path) -> tuple[TranslateConfig, dict[str, Any], nn.Modul
         search=conversion_record(folder)["run"].get("search", {}),
     )
     config = TranslateConfig.model_validate_json(json.dumps(document))
-    facts = starting_facts(config.model, folder, start) | {"tokenizer": str(folder)}
-    return config, facts, build_model(config, facts).eval()
+    return config, starting_facts(config.model, folder, start) | {"tokenizer": str(folder)}
+
+
+def foreign(config: TranslateConfig, facts: dict[str, Any], session: Session) -> nn.Module:
+    """Return what stands in for the model where a session runs an encoder-decoder."""
+    return ForeignSeq2Seq(session, Seq2SeqSection.model_validate_json(json.dumps(facts["shape"])))
 
 
 def _start(config: TranslateConfig) -> Seq2SeqStart | None:

@@ -8,10 +8,12 @@ import torch
 import transformers
 from torch import nn
 
+from bigbatch.recipes.classify import recipe
 from bigbatch.recipes.classify.config import ClassifyConfig
 from bigbatch.recipes.classify.models import Objective, build_classifier
-from bigbatch.recipes.classify.recipe import learning_rate_scales, open_folder
+from bigbatch.recipes.classify.recipe import learning_rate_scales
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.recipes.core.start import find_start
 
 LABELS = ["high", "low", "middle"]
@@ -232,7 +234,7 @@ def test_a_folder_of_transformers_opens_to_predict_with(bert_folder, texts):
     tokens = [f"word{number}" for number in range(SIZE - 4)]
     vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *tokens])}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
-    config, facts, model = open_folder(folder)
+    config, facts, model = open_folder(recipe, folder)
     assert (facts["labels"], config.data.multi_label, config.data.sequence_length) == (LABELS, False, 24)
     with torch.no_grad():
         assert (model(**lay_out(texts)) - their_logits(theirs, texts)).abs().max() < 1e-5

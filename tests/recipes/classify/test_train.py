@@ -18,6 +18,7 @@ from bigbatch.recipes.classify.config import ClassifyConfig
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
+from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.tools.convert import convert
 
 STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 16, 3, 5e-3
@@ -204,6 +205,6 @@ def test_a_converted_run_classifies_for_transformers_as_it_does_here(trained, tm
     assert [answer["label"] for answer in ours] == [answer["label"] for answer in theirs]
     for answer, other in zip(ours, theirs, strict=True):
         assert answer["probability"] == pytest.approx(other["score"], abs=1e-5)
-    again = recipe.predictor(*recipe.open_folder(out))(texts)
+    again = recipe.predictor(*open_folder(recipe, out))(texts)
     for answer, other in zip(again, ours, strict=True):
         assert answer["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)

@@ -16,6 +16,7 @@ from seqeval.metrics import f1_score
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.recipes.extract import recipe
 from bigbatch.recipes.extract.config import EncoderBackboneSection, ExtractConfig
 from bigbatch.tools.convert import convert
@@ -178,7 +179,7 @@ def test_a_converted_run_answers_as_it_does_here(trained, tmp_path, capsys, task
     else:
         tags = [theirs.config.id2label[tag] for tag in logits.argmax(-1).tolist()[1:-1]]
         assert sum(tag.startswith("B-") for tag in tags) >= len(ours["entities"]) > 0
-    (again,) = recipe.predictor(*recipe.open_folder(out))([text])
+    (again,) = recipe.predictor(*open_folder(recipe, out))([text])
     assert again.keys() == ours.keys()
     assert again.get("entities") == ours.get("entities")
     capsys.readouterr()

@@ -19,6 +19,7 @@ from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.recipes.match import recipe
 from bigbatch.recipes.match.config import MatchConfig
 from bigbatch.tools.convert import convert
@@ -188,7 +189,7 @@ def test_a_converted_bi_encoder_is_a_folder_that_gives_the_same_vectors(trained,
     assert parity.largest_difference <= 1e-5 * max(1.0, parity.largest_logit)
     texts = ["red rose, garden", "Near the wall there is a knife."]
     ours = recipe.encoder_of(*recipe.open_run(run_dir, ""))(texts)
-    again = recipe.encoder_of(*recipe.open_folder(out))(texts)
+    again = recipe.encoder_of(*open_folder(recipe, out))(texts)
     assert again == pytest.approx(ours, abs=1e-6)
     model = transformers.AutoModel.from_pretrained(out, add_pooling_layer=False).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)

@@ -17,6 +17,7 @@ from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.recipes.question_answering import recipe
 from bigbatch.recipes.question_answering.config import QuestionAnsweringConfig
 from bigbatch.recipes.question_answering.scores import word_f1
@@ -190,10 +191,10 @@ def test_a_converted_run_answers_as_it_does_here(trained, tmp_path, capsys):
     item = {"question": question, "context": context}
     (ours,) = recipe.predictor(config, facts, model)([item])
     assert ours["null_score"] == pytest.approx(null - best, abs=1e-4)
-    (again,) = recipe.predictor(*recipe.open_folder(out))([item])
+    (again,) = recipe.predictor(*open_folder(recipe, out))([item])
     assert again["null_score"] == pytest.approx(ours["null_score"], abs=1e-5)
     assert (again["start"], again["end"]) == (ours["start"], ours["end"])
-    assert recipe.open_folder(out)[1]["null_threshold"] == facts["null_threshold"]
+    assert recipe.describe_folder(out)[1]["null_threshold"] == facts["null_threshold"]
     capsys.readouterr()
     assert predict([str(out), question, context, "--top", "2"]) == 0
     line = json.loads(capsys.readouterr().out)

@@ -19,6 +19,7 @@ from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.seq2seq import hugging_face_state
+from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.recipes.summarize import recipe
 from bigbatch.recipes.summarize.config import SummarizeConfig
 from bigbatch.recipes.summarize.rouge import KINDS, Rouge
@@ -237,7 +238,7 @@ def test_a_converted_run_summarizes_as_it_does_here(trained, tmp_path, capsys):
     expected = logits[0, len(tokens[0]), 0].sigmoid().item()
     config, data, model = opened(run_dir)
     (ours,) = recipe.predictor(config, data.facts, model)([{"document": sentences}])
-    (again,) = recipe.predictor(*recipe.open_folder(out))([{"document": " ".join(sentences)}])
+    (again,) = recipe.predictor(*open_folder(recipe, out))([{"document": " ".join(sentences)}])
     assert again == ours
     assert ours["sentences"] == [{"place": 1, "sentence": sentences[1], "score": pytest.approx(expected, abs=1e-5)}]
     capsys.readouterr()
@@ -302,7 +303,7 @@ def test_figures_of_a_writer_are_those_of_its_predictions_and_transformers_write
     assert parity.largest_difference <= 1e-5 * max(1.0, parity.largest_logit)
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(out).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    again = recipe.predictor(*recipe.open_folder(out))
+    again = recipe.predictor(*open_folder(recipe, out))
     for text, ours in zip(texts[:4], answers, strict=False):
         inputs = tokenizer(" ".join(text), return_tensors="pt", return_token_type_ids=False)
         (tokens,) = theirs.generate(**inputs)

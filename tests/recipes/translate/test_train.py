@@ -22,7 +22,7 @@ from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import Seq2SeqSection
 from bigbatch.recipes.core.models.seq2seq import hugging_face_config, hugging_face_state
-from bigbatch.recipes.core.recipe import of_folder
+from bigbatch.recipes.core.recipe import of_folder, open_folder
 from bigbatch.recipes.translate import rate, recipe
 from bigbatch.recipes.translate.config import TranslateConfig
 from bigbatch.tools.convert import convert
@@ -164,7 +164,7 @@ def test_a_converted_run_translates_in_transformers_as_it_does_here(trained, tmp
     found = recipe.predictor(config, data.facts, ours)(texts)
     assert [one["translation"] for one in found] == [text.strip() for text in theirs]
     assert of_folder(out) == "translate"
-    assert recipe.predictor(*recipe.open_folder(out))(texts) == [
+    assert recipe.predictor(*open_folder(recipe, out))(texts) == [
         {"translation": one["translation"], "score": pytest.approx(one["score"], abs=1e-5)} for one in found
     ]
     capsys.readouterr()

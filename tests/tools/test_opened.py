@@ -1,0 +1,126 @@
+"""Every kind of model, opened from a run, from the folder it becomes, and behind a session over that folder."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bigbatch.recipes.core import recipe as recipes
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.generate import Sampling, generate
+from bigbatch.recipes.core.recipe import Outputs
+from bigbatch.tools.opened import Opened, open_model, open_session
+
+KINDS = ("classify", "gpt_llama", "gpt_gpt2")
+
+
+def in_session(model: Opened) -> Opened:
+    """Return the same model, run by transformers behind what stands in for it."""
+    return model._replace(model=model.recipe.foreign(model.config, model.facts, open_session(model.path)).eval())
+
+
+def outputs_of(model: Opened, native: Opened) -> Outputs:
+    """Return the outputs on the validation samples of the run that the native model is of, all in one batch."""
+    samples = native.recipe.open_data(native.config).validation
+    ids = np.arange(samples.num_samples)
+    batch = {name: torch.from_numpy(array) for name, array in samples.batch(ids, np.zeros_like(ids)).items()}
+    run = recipes.further(native.recipe, "outputs") or (lambda m, b: Outputs(native.recipe.loss(m, b), {}))
+    with torch.no_grad():
+        return run(model.model, batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_gives_what_the_native_model_gives_on_rows_of_several_texts(tiny_folder, kind):
+    run, converted = tiny_folder(kind)
+    native, opened = open_model(run), open_model(converted)
+    right = outputs_of(native, native)
+    assert outputs_of(opened, native).loss.sum.item() == pytest.approx(right.loss.sum.item(), rel=1e-6)
+    found = outputs_of(in_session(opened), native)
+    assert found.loss.num_targets == right.loss.num_targets
+    assert found.loss.sum.item() == pytest.approx(right.loss.sum.item(), rel=1e-5)
+    for name, array in right.arrays.items():
+        np.testing.assert_allclose(found.arrays[name], array, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt_llama", "gpt_gpt2"])
+def test_a_session_writes_what_the_native_model_writes(tiny_folder, kind):
+    opened = open_model(tiny_folder(kind)[1])
+    prompts = [[5, 6, 7, 8, 9], [3], [50, 60, 70, 80]]
+    for sampling in (
+        Sampling(max_new_tokens=30, temperature=0.0),
+        Sampling(max_new_tokens=70, temperature=1.0, num_samples=2, seed=3),  # past the last position
+    ):
+        expected = generate(opened.model, prompts, sampling)
+        assert generate(in_session(opened).model, prompts, sampling) == expected
+
+
+def test_a_folder_that_says_another_format_is_run_by_its_engine(tiny_folder, tmp_path):
+    converted = shutil.copytree(tiny_folder("classify")[1], tmp_path / "model")
+    (converted / "deployment.json").write_text('{"format": "tensorrt"}')
+    with pytest.raises(UserError, match=r"format is 'tensorrt'; right is one of transformers, onnx, litert"):
+        open_model(converted)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_weights(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def lead_outside(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+
+
+def change_config(**settings):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+
+    return change
+
+
+def lose_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["bert.pooler.dense.bias"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"model.safetensors: is damaged, or no safetensors file"),
+        (pickle_weights, r"weights in pytorch_model.bin, a pickle, which may run code; right is model.safetensors"),
+        (lead_outside, r"names the file '../../secret.safetensors', which does not lie in the folder"),
+        (change_config(auto_map={"AutoModel": "evil.Model"}), r"has 'auto_map', which asks for code of its own"),
+        (change_config(architectures=["NoSuchModel"]), r"holds NoSuchModel, which no recipe predicts with"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), r"config.json: holds a list, not an object"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights; right is model.safetensors"),
+        (lose_a_tensor, r"lacks 'bert.pooler.dense.bias'"),
+    ],
+)
+def test_a_hostile_or_damaged_folder_is_refused_in_one_line(tiny_folder, tmp_path, damage, message):
+    converted = shutil.copytree(tiny_folder("classify")[1], tmp_path / "model")
+    if "NoSuchModel" in message:
+        (converted / "conversion.json").unlink()
+    damage(converted)
+    with pytest.raises(UserError, match=message) as refused:
+        open_model(converted)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_model_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file.txt").write_text("text")
+    for path, message in (
+        (tmp_path / "gone", "there is no such folder"),
+        (tmp_path / "file.txt", "is no folder"),
+        (tmp_path, "no model that can be opened"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_model(path)

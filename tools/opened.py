@@ -1,0 +1,145 @@
+"""Any model, opened: a run folder, a checkpoint, a Hugging Face folder, or one that is quantized, pruned or exported.
+
+What cannot run natively runs in a session of the engine for its format, behind the recipe's own code.
+"""
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bigbatch.recipes.core import language_model
+from bigbatch.recipes.core import recipe as recipes
+from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import Session
+from bigbatch.recipes.core.models.hugging_face import read_json
+
+CONFIG_FILE, DEPLOYMENT_FILE, INDEX_FILE = "config.json", "deployment.json", "model.safetensors.index.json"
+ENGINES = {
+    "transformers": "transformers",
+    "onnx": "onnx",
+    "litert": "litert",
+    "executorch": "executorch",
+    "gguf": "llama_cpp",
+}
+"""Of each format in deployment.json the module under tools/engines that runs it, without its ending."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Opened(NamedTuple):
+    """A model in evaluation mode, and what its recipe's functions need beside it."""
+
+    path: Path
+    recipe_name: str
+    recipe: Any
+    config: Any
+    facts: dict[str, Any]
+    model: Any
+    """Native, float32, on the CPU; or what stands in for that (core.foreign)."""
+
+
+def open_model(path: Path, threads: int | None = None, must_predict: bool = False) -> Opened:
+    """Open any model; `threads` are those of an engine, by default its own choice.
+
+    Raises UserError for what is no model, would run code of its own, or is damaged; with `must_predict` also for a
+    model of a recipe without a predictor.
+    """
+    if torch.cuda.is_available() is False:  # else DeepSpeed, which transformers imports, prints that it had to guess
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if (path / CONFIG_FILE).is_file():
+        return _open_folder(path, threads, must_predict)
+    if (path / "run.json").is_file() or (path / MANIFEST).is_file():
+        return _open_run(path, must_predict)
+    if not path.is_dir():
+        what = "is no folder" if path.exists() else "there is no such folder"
+        raise UserError(str(path), f"{what}; give a run folder, a checkpoint or a Hugging Face folder")
+    raise UserError(str(path), "has no run.json, no manifest.json and no config.json: no model that can be opened")
+
+
+def open_session(folder: Path, threads: int | None = None) -> Session:
+    """Open a checked model folder in the engine of its format; a plain one in transformers."""
+    engine = importlib.import_module(f"bigbatch.tools.engines.{ENGINES[format_of(folder)]}_engine")
+    return engine.open_session(folder, threads)
+
+
+def format_of(folder: Path) -> str:
+    """Return the format that a model folder's deployment.json names; "transformers" without one."""
+    path = folder / DEPLOYMENT_FILE
+    found = read_json(path).get("format") if path.exists() else "transformers"
+    if found not in ENGINES:
+        raise UserError(str(path), f"format is {found!r}; right is one of {', '.join(ENGINES)}")
+    return found
+
+
+def is_native(folder: Path) -> bool:
+    """Tell whether a folder's weights may be read as they are: not exported, and not quantized."""
+    return format_of(folder) == "transformers" and not read_json(folder / CONFIG_FILE).get("quantization_config")
+
+
+def check_config(folder: Path) -> None:
+    """Raise UserError for a model folder whose config.json cannot be read, or asks for code of its own."""
+    settings = read_json(folder / CONFIG_FILE)
+    if code := sorted({"auto_map", "custom_pipelines", "trust_remote_code"} & settings.keys()):
+        raise UserError(str(folder / CONFIG_FILE), f"has {code[0]!r}, which asks for code of its own; that is not run")
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UserError for a folder that has pickles for weights, or damaged files."""
+    if format_of(folder) != "transformers":
+        return
+    index = folder / INDEX_FILE
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+    if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise UserError(str(index), f"names the file {strange[0]!r}, which does not lie in the folder")
+    if not index.exists() and not (folder / names[0]).is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        found = f"has its weights in {pickles[0]}, a pickle, which may run code" if pickles else "has no weights"
+        raise UserError(str(folder), f"{found}; right is model.safetensors")
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(str(folder / name), f"is damaged, or no safetensors file ({error})") from None
+
+
+def _open_folder(folder: Path, threads: int | None, must_predict: bool) -> Opened:
+    check_config(folder)
+    name = recipes.of_folder(folder)
+    recipe = _find(name, folder, must_predict)
+    check_weights(folder)
+    config, facts = recipe.describe_folder(folder)
+    if is_native(folder):
+        try:
+            return Opened(folder, name, recipe, config, facts, recipe.build_model(config, facts).eval())
+        except UserError:
+            if not (folder / DEPLOYMENT_FILE).exists():
+                raise
+            # Pruned: of a shape that the native model does not have, but transformers' may.
+    model = recipe.foreign(config, facts, open_session(folder, threads))
+    return Opened(folder, name, recipe, config, facts, model.eval())
+
+
+def _open_run(path: Path, must_predict: bool) -> Opened:
+    reader = open_checkpoint(path)
+    document, facts = reader.manifest["run"], reader.manifest["facts"]
+    name = document["recipe"]
+    recipe = _find(name, path, must_predict)
+    config = recipes.find_config(name).model_validate_json(json.dumps(document))
+    model = recipe.build_model(config, facts, initialize=False)
+    fill(reader, model)
+    return Opened(path, name, recipe, config, facts, model.eval())
+
+
+def _find(name: str, path: Path, must_predict: bool) -> Any:
+    recipe = recipes.find(name)
+    if must_predict and recipes.further(recipe, "predictor") is None:
+        writes = recipes.further(recipe, "foreign") is language_model.foreign
+        instead = "; right is bigbatch generate" if writes else ""
+        raise UserError(str(path), f"is a model of the recipe {name!r}, which predicts none{instead}")
+    return recipe
