@@ -43,16 +43,19 @@ class Opened(NamedTuple):
     """Native, float32, on the CPU; or what stands in for that (core.foreign)."""
 
 
-def open_model(path: Path, threads: int | None = None, must_predict: bool = False) -> Opened:
+def open_model(
+    path: Path, threads: int | None = None, must_predict: bool = False, recipe_name: str | None = None
+) -> Opened:
     """Open any model; `threads` are those of an engine, by default its own choice.
 
-    Raises UserError for what is no model, would run code of its own, or is damaged; with `must_predict` also for a
-    model of a recipe without a predictor.
+    A folder is one of `recipe_name`, by default of the recipe that wrote it or is for its class. Raises UserError for
+    what is no model, would run code of its own, or is damaged; with `must_predict` also for a model of a recipe without
+    a predictor.
     """
     if torch.cuda.is_available() is False:  # else DeepSpeed, which transformers imports, prints that it had to guess
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if (path / CONFIG_FILE).is_file():
-        return _open_folder(path, threads, must_predict)
+        return _open_folder(path, threads, must_predict, recipe_name)
     if (path / "run.json").is_file() or (path / MANIFEST).is_file():
         return _open_run(path, must_predict)
     if not path.is_dir():
@@ -108,9 +111,9 @@ def check_weights(folder: Path) -> None:
             raise UserError(str(folder / name), f"is damaged, or no safetensors file ({error})") from None
 
 
-def _open_folder(folder: Path, threads: int | None, must_predict: bool) -> Opened:
+def _open_folder(folder: Path, threads: int | None, must_predict: bool, recipe_name: str | None) -> Opened:
     check_config(folder)
-    name = recipes.of_folder(folder)
+    name = recipe_name or recipes.of_folder(folder)
     recipe = _find(name, folder, must_predict)
     check_weights(folder)
     config, facts = recipe.describe_folder(folder)

@@ -34,10 +34,14 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from bigbatch.recipes.match import recipe
     from bigbatch.recipes.match.search import search
+    from bigbatch.tools.opened import open_model
 
-    opened = recipe.open_folder(path) if (path / "config.json").is_file() else recipe.open_run(path, str(path))
-    config, facts, _ = opened
-    embed = recipe.encoder_of(*opened)
+    if (path / "config.json").is_file():
+        opened = open_model(path, recipe_name="match")
+        config, facts, model = opened.config, opened.facts, opened.model
+    else:
+        config, facts, model = recipe.open_run(path, str(path))
+    embed = recipe.encoder_of(config, facts, model)
     index = _index(paths, arguments, facts, embed, config.data.stemming)
     table = arguments.format == "table" or (arguments.format is None and sys.stdout.isatty())
     for query in arguments.queries or ([] if len(paths) == 2 else sys.stdin):

@@ -14,7 +14,8 @@ from bigbatch.recipes.core.generate import Sampling, generate
 from bigbatch.recipes.core.recipe import Outputs
 from bigbatch.tools.opened import Opened, open_model, open_session
 
-KINDS = ("classify", "gpt_llama", "gpt_gpt2")
+KINDS = ("classify", "question_answering", "entities", "relations", "match_bi", "match_cross", "translate")
+KINDS += ("summarize", "summarize_written", "classify_images", "dialogue", "gpt_llama", "gpt_gpt2")
 
 
 def in_session(model: Opened) -> Opened:
@@ -41,6 +42,7 @@ def test_a_session_gives_what_the_native_model_gives_on_rows_of_several_texts(ti
     found = outputs_of(in_session(opened), native)
     assert found.loss.num_targets == right.loss.num_targets
     assert found.loss.sum.item() == pytest.approx(right.loss.sum.item(), rel=1e-5)
+    assert right.arrays or kind in ("translate", "summarize_written", "dialogue", "gpt_llama", "gpt_gpt2")
     for name, array in right.arrays.items():
         np.testing.assert_allclose(found.arrays[name], array, rtol=1e-4, atol=1e-4)
 
@@ -55,6 +57,18 @@ def test_a_session_writes_what_the_native_model_writes(tiny_folder, kind):
     ):
         expected = generate(opened.model, prompts, sampling)
         assert generate(in_session(opened).model, prompts, sampling) == expected
+
+
+@pytest.mark.parametrize("kind", ["translate", "summarize_written", "dialogue"])
+def test_figures_of_what_is_written_are_the_same_behind_a_session(tiny_folder, kind):
+    run, converted = tiny_folder(kind)
+    native = open_model(run)
+    samples = native.recipe.open_data(native.config).validation
+    found = in_session(native._replace(path=converted))
+    assert type(found.model) is not type(native.model)
+    right = native.recipe.generated_figures(native.config, native.facts, native.model, samples)
+    assert native.recipe.generated_figures(native.config, native.facts, found.model, samples) == right
+    assert len(right) > 2
 
 
 def test_a_folder_that_says_another_format_is_run_by_its_engine(tiny_folder, tmp_path):

@@ -36,7 +36,7 @@ def open_session(folder: Path, threads: int | None = None) -> "TransformersSessi
         )
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         raise UserError(str(folder), f"cannot be opened by transformers: {one_line(str(error))}") from None
-    if model.config.pad_token_id is None and name.endswith("ForSequenceClassification"):
+    if name.endswith("ForSequenceClassification") and model.config.pad_token_id is None:
         model.config.pad_token_id = settings.get("eos_token_id")  # a decoder classifies by its last token that is none
     opened: Any = model.eval()
     if torch.cuda.is_available() and not hasattr(model, "hf_device_map"):
