@@ -288,6 +288,7 @@ def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype
         "dtype": dtype,
         "parity": parity._asdict(),
         "run": manifest["run"],
+        "working_directory": str(Path.cwd()),
         "facts": _model_facts(config.recipe, manifest["facts"]),
     }
     write_text(folder / RECORD_FILE, record)
@@ -316,10 +317,11 @@ def _model_facts(recipe: str, facts: dict[str, Any]) -> dict[str, Any]:
     return {name: facts[name] for name in names if name in facts}
 
 
-def parse_bytes(text: str) -> int:
-    """Read a size such as 4G, 512M or 1000000."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]?)", text.upper())
-    num_bytes = int(float(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else 0
+def parse_bytes(text: str, flag: str = "--max-ram") -> int:
+    """Read a size such as 4G, 512M or 1000000; with a B behind it, as in 20MB, in thousands."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]?)(B?)", text.upper())
+    power = {"": 0, "K": 1, "M": 2, "G": 3}[found[2]] if found else 0
+    num_bytes = int(float(found[1]) * (1000 if found[3] else 1024) ** power) if found else 0
     if not num_bytes:
-        raise UserError("--max-ram", f"found {text!r}; right is a size such as 4G or 512M")
+        raise UserError(flag, f"found {text!r}; right is a size such as 4G, 512M or 20MB")
     return num_bytes

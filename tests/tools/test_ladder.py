@@ -1,0 +1,127 @@
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.tools import ladder, measure, opened
+from bigbatch.tools.model_card import Rung
+
+PROGRAMS = Path(__file__).parents[1] / "programs"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    sys.path.insert(0, str(PROGRAMS))
+    try:
+        from tiny_models import write_run
+    finally:
+        sys.path.remove(str(PROGRAMS))
+    return write_run(tmp_path_factory.mktemp("ladder") / "run", "classify")
+
+
+def rounded(source, partial):
+    weights = load_file(source.path / "model.safetensors")
+    half = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    save_file(half, partial / "model.safetensors", metadata={"format": "pt"})
+    return {"format": "transformers", "record": {"name": "bf16"}}
+
+
+def climb(make, *arguments):
+    return ladder.climb("try", ladder.rung_parser("try", "").parse_args([str(one) for one in arguments]), make)
+
+
+@pytest.fixture(scope="module")
+def climbed(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("climbed") / "bf16"
+    assert climb(rounded, run, out, "--max-drop", "50") == 0
+    return out
+
+
+def test_a_rung_measures_both_models_by_the_recipes_own_figure(run, climbed):
+    rung = Rung.read(json.loads((climbed / "deployment.json").read_text())["rungs"][0])
+    whole = opened.open_model(run)
+    _, split, samples = measure.open_samples(whole, measure.Options())
+    ids = np.arange(samples.num_samples)
+    batch = {name: torch.from_numpy(array) for name, array in samples.batch(ids, np.zeros_like(ids)).items()}
+    with torch.inference_mode():
+        found = whole.recipe.outputs(whole.model, batch).arrays
+    right = (found["probabilities"].argmax(-1) == found["labels"]).float().mean()
+    assert rung.before.split == split and rung.before.num_samples == samples.num_samples
+    assert rung.before.figures["accuracy"] == pytest.approx(float(right), abs=1e-6)
+    assert rung.after.num_bytes < 0.8 * rung.before.num_bytes
+    assert rung.agreement > 0.5
+    assert all(0 < median <= most for median, most in rung.after.latency.values())
+
+
+def test_a_folder_that_a_rung_has_made_opens_and_is_a_rung_to_stand_on(climbed, tmp_path):
+    assert climb(rounded, climbed, tmp_path / "again", "--no-measure") == 0
+    document = json.loads((tmp_path / "again" / "deployment.json").read_text())
+    assert [rung["verb"] for rung in document["rungs"]] == ["try", "try"]
+    assert document["rungs"][1]["after"] is None
+    assert opened.open_model(tmp_path / "again").recipe_name == "classify"
+    card = (tmp_path / "again" / "model_card.md").read_text()
+    assert "bf16" in card and "<svg" in (climbed / "report.html").read_text()
+
+
+def test_what_is_over_its_budget_is_not_kept_and_ends_with_3(run, tmp_path, capsys):
+    assert climb(rounded, run, tmp_path / "out", "--max-size", "1KB", "--no-measure") == 3
+    assert "--max-size" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drop_counts_in_points_of_a_hundred_or_in_per_cent_of_what_is_better_when_lower(climbed):
+    rung = Rung.read(json.loads((climbed / "deployment.json").read_text())["rungs"][0])
+
+    def lost(name, before, after):
+        pair = (
+            one._replace(figure=measure.Figure(name, value, None, None))
+            for one, value in ((rung.before, before), (rung.after, after))
+        )
+        return Rung(*rung[:3], *pair, None)
+
+    for worse, told in (
+        (lost("accuracy", 0.91, 0.90), "accuracy lost 1.00 points"),
+        (lost("bleu", 37.5, 36.5), "bleu lost 1.00 points"),
+        (lost("perplexity", 200.0, 202.0), "perplexity lost 1.00 %"),
+    ):
+        assert told in ladder.over_budget(worse, climbed, ladder.Budget(0.9))[0]
+        assert ladder.over_budget(worse, climbed, ladder.Budget(1.1)) == []
+    assert ladder.over_budget(rung, climbed, ladder.Budget(max_latency_milliseconds=0.0))
+
+
+def test_mistakes_are_told_before_anything_is_made(run, climbed, tmp_path):
+    with pytest.raises(UserError, match="exists already"):
+        climb(rounded, run, climbed)
+    with pytest.raises(UserError, match="such as 4G"):
+        climb(rounded, run, tmp_path / "out", "--max-size", "large")
+    with pytest.raises(UserError, match="quality is to be measured"):
+        climb(rounded, run, tmp_path / "out", "--max-drop", "1", "--no-measure")
+    shutil.copytree(climbed, tmp_path / "foreign")
+    (tmp_path / "foreign" / "conversion.json").unlink()
+    with pytest.raises(UserError, match="does not say what data it was trained on"):
+        climb(rounded, tmp_path / "foreign", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_is_a_seeded_choice_of_training_samples(run, tmp_path):
+    source = ladder.open_source(run, tmp_path)
+    one, same, other = (ladder.calibration(source, 8, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(one, same, strict=True))
+    assert not all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(one, other, strict=True))
+    with pytest.raises(UserError, match="training samples are there"):
+        ladder.calibration(source, 10**6, 0)
+
+
+def test_the_interval_of_random_halves_is_that_of_the_closed_formula():
+    answers = np.random.default_rng(1).random(2000) < 0.8
+    low, high = measure._interval(len(answers), lambda rows: answers[rows].mean())
+    width = 2 * 1.96 * math.sqrt(answers.mean() * (1 - answers.mean()) / len(answers))
+    assert high - low == pytest.approx(width, rel=0.2)
+    assert low < answers.mean() < high

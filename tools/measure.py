@@ -1,0 +1,318 @@
+"""`python -m bigbatch.tools.measure MODEL RESULT`: what a model is worth and what it costs, in a process of its own.
+
+Quality is the recipe's own figure on real data that the run held out; cost is bytes, memory and time. One process a
+model, so that the peak of memory is this model's.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bigbatch.recipes.core.checkpoint import open_checkpoint
+from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from bigbatch.recipes.core.process import die_with_parent
+
+BATCHES = (1, 8)
+HALVES = 200  # samples of halves that an interval comes from
+CONFIDENCE = 0.95
+WARM_UP_CALLS = 3
+LEAST_CALLS, MOST_CALLS, MOST_SECONDS = 10, 200, 4.0  # that a latency comes from
+PROMPT_TOKENS = NEW_TOKENS = 32
+ANSWERS_FILE, RESULT_FILE = "answers.npz", "measured.json"
+
+
+class Options(NamedTuple):
+    """What a measurement is made on; two are compared only where these are the same."""
+
+    num_samples: int = 1000
+    """Of the split, a seeded choice; all where it has no more, and where its samples belong together."""
+    seed: int = 0
+    split: str | None = None
+    """None: test, else validation, else training data."""
+    threads: int = 1
+    run: str | None = None
+    """A run folder whose data are used; None: those of the run that the model comes from."""
+
+
+class Figure(NamedTuple):
+    """The figure that stands for the task, with the interval that holds it with 95 % (None: cannot be told)."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Measurement(NamedTuple):
+    """What was found; JSON can hold it."""
+
+    figure: Figure
+    figures: dict[str, Any]
+    split: str
+    num_samples: int
+    num_bytes: int
+    """Of all files of the folder."""
+    peak_bytes: int
+    """The process's peak above what it had before the model was opened."""
+    latency: dict[str, tuple[float, float]]
+    """Batch size -> (median, 95th percentile) in milliseconds: of a call, or of a token that is written."""
+    latency_of: str
+    threads: int
+
+
+def measure(model: Path, result: Path, options: Options) -> Measurement:
+    """Measure a model in a fresh process; its answers are in the folder `result` too, for `compare`."""
+    result.mkdir(parents=True, exist_ok=True)
+    own = [sys.executable, "-m", "bigbatch.tools.measure", str(model), str(result), json.dumps(options._asdict())]
+    status = subprocess.run(own, check=False, stdout=subprocess.DEVNULL).returncode
+    if status == EXIT_USER_ERROR:
+        raise UserError(*json.loads((result / RESULT_FILE).read_text(encoding="utf-8")))
+    if status:
+        raise UserError(str(model), f"cannot be measured: the process ended with status {status}, see above")
+    found = json.loads((result / RESULT_FILE).read_text(encoding="utf-8"))
+    return read_measurement(found)
+
+
+def read_measurement(found: dict[str, Any]) -> Measurement:
+    """Return a measurement from its JSON."""
+    latency = {size: tuple(pair) for size, pair in found["latency"].items()}
+    return Measurement(**(found | {"figure": Figure(*found["figure"]), "latency": latency}))
+
+
+def agreement(before: Path, after: Path) -> float | None:
+    """Return the share of answers that are the same; None where they are no choices."""
+    with np.load(before / ANSWERS_FILE) as one, np.load(after / ANSWERS_FILE) as other:
+        if "choices" not in one or "choices" not in other:
+            return None
+        return float((one["choices"] == other["choices"]).mean())
+
+
+def main(argv: list[str]) -> int:
+    """Measure one model in this process."""
+    die_with_parent()
+    model, result, options = Path(argv[0]), Path(argv[1]), Options(**json.loads(argv[2]))
+    try:
+        found, answers = _measure(model.absolute(), options)
+    except UserError as error:
+        (result / RESULT_FILE).write_text(json.dumps([error.where, error.message]), encoding="utf-8")
+        return EXIT_USER_ERROR
+    np.savez(result / ANSWERS_FILE, allow_pickle=False, **answers)
+    (result / RESULT_FILE).write_text(json.dumps(found._asdict()), encoding="utf-8")
+    return EXIT_DONE
+
+
+def _measure(path: Path, options: Options) -> tuple[Measurement, dict[str, np.ndarray]]:
+    import torch
+
+    from bigbatch.recipes.core import recipe as recipes
+    from bigbatch.tools.opened import open_model
+
+    torch.set_num_threads(options.threads)
+    is_folder = (path / "config.json").is_file()
+    recipes.find(recipes.of_folder(path) if is_folder else open_checkpoint(path).manifest["run"]["recipe"])
+    before = _resident_bytes()  # with what is imported anyway
+    opened = open_model(path, options.threads)
+    opened.model.eval()
+    config, split, samples = open_samples(opened, options)
+    ids = _choose(samples.num_samples, options, getattr(opened.recipe, "WHOLE_SPLIT", False))
+    with torch.inference_mode():
+        latency, latency_of = _latency(opened, samples, ids)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before  # what judges has memory of its own
+        judged = _judge(opened, config, samples, ids)
+    in_worker = getattr(getattr(opened.model, "session", None), "peak_bytes", None)
+    return Measurement(
+        judged.figure,
+        judged.figures,
+        split,
+        len(ids),
+        folder_bytes(path),
+        in_worker() if in_worker else max(peak, 0),
+        latency,
+        latency_of,
+        options.threads,
+    ), ({"choices": judged.choices} if judged.choices is not None else {})
+
+
+def open_samples(opened: Any, options: Options) -> tuple[Any, str, Any]:
+    """Return the run's document, the split's name and its samples; raise UserError where the data are not here."""
+    from bigbatch.recipes.core import recipe as recipes
+    from bigbatch.recipes.core.models.hugging_face import conversion_record, read_json
+
+    record = conversion_record(opened.path)
+    document = read_json(Path(options.run) / "run.json") if options.run else record["run"]
+    is_run = not (opened.path / "config.json").exists()
+    if not document and not is_run:
+        raise UserError(str(opened.path), "does not say what data it was trained on; --run RUN_DIR names a run's")
+    if (home := record.get("working_directory")) and Path(home).is_dir():
+        os.chdir(home)  # the document's relative paths lead from there
+    model_class = recipes.find_config(opened.recipe_name)
+    config = model_class.model_validate_json(json.dumps(document)) if document else opened.config
+    try:
+        data = opened.recipe.open_data(config)
+    except UserError as error:
+        message = (
+            f"the data to measure on are not here ({error}); --run RUN_DIR names a run's, --no-measure does without"
+        )
+        raise UserError(str(opened.path), message) from error
+    splits = {"test": data.test, "validation": data.validation, "train": data.train}
+    name = options.split or next(name for name, samples in splits.items() if samples)
+    if not splits[name]:
+        raise UserError("--split", f"found {name!r}; there is {', '.join(name for name in splits if splits[name])}")
+    return config, name, splits[name]
+
+
+class Judged(NamedTuple):
+    """Quality on some samples."""
+
+    figure: Figure
+    figures: dict[str, Any]
+    choices: np.ndarray | None
+
+
+def _judge(opened: Any, config: Any, samples: Any, ids: np.ndarray) -> Judged:
+    """Run the model on these samples and let the recipe judge."""
+    from bigbatch.recipes.core.recipe import Outputs, further
+
+    recipe, model, facts = opened.recipe, opened.model, opened.facts
+    outputs = further(recipe, "outputs") or (lambda model, batch: Outputs(recipe.loss(model, batch), {}))
+    size = getattr(samples, "evaluation_size", None) or BATCHES[-1]
+    losses, arrays, choices = [], {}, []
+    for batch in _batches(samples, ids, 1 if not further(recipe, "figures") else size):
+        found = outputs(model, batch)
+        losses.append((float(found.loss.sum), found.loss.num_targets))
+        for name, rows in found.arrays.items():
+            arrays.setdefault(name, []).append(rows.cpu().numpy())
+        if not found.arrays and "labels" in batch:
+            choices.append(_next_tokens(model, batch))
+    joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    if joined:
+        figures = recipe.figures(config, facts, joined, False)
+        name = config.evaluate.best_by if config.evaluate.best_by in figures else recipe.figure_names(config, facts)[0]
+        interval = _interval(len(next(iter(joined.values()))), _figure_of_rows(recipe, config, facts, joined, name))
+        chosen = [rows.argmax(-1) for rows in joined.values() if rows.ndim > 1 and rows.dtype.kind == "f"]
+        return Judged(Figure(name, float(figures[name]), *interval), _numbers(figures), chosen[0] if chosen else None)
+    pairs = np.array(losses)
+
+    def of_rows(rows: np.ndarray) -> dict[str, float]:
+        loss = float(pairs[rows, 0].sum() / pairs[rows, 1].sum())
+        return {**recipe.metrics(loss), "loss": loss}
+
+    figures = of_rows(np.arange(len(pairs)))
+    name = "perplexity" if "perplexity" in figures else next(iter(figures))
+    interval = _interval(len(pairs), lambda rows: of_rows(rows)[name])
+    found = np.concatenate([row[row >= 0] for row in choices]) if choices and choices[0] is not None else None
+    return Judged(Figure(name, figures[name], *interval), figures, found)
+
+
+def _figure_of_rows(recipe: Any, config: Any, facts: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
+    """Return a function from rows, of which those of one sample go together, to the figure."""
+    groups = np.unique(arrays["rows"], return_inverse=True)[1] if "rows" in arrays else None
+
+    def figure(rows: np.ndarray) -> float:
+        if groups is not None:
+            rows = np.flatnonzero(np.isin(groups, groups[rows]))
+        return float(recipe.figures(config, facts, {key: array[rows] for key, array in arrays.items()}, False)[name])
+
+    return figure
+
+
+def _interval(count: int, figure: Callable[[np.ndarray], float]) -> tuple[float | None, float | None]:
+    """Return the percentiles of the figure of random halves.
+
+    A half drawn without replacement varies about the whole as the whole does about the truth (Shao and Wu 1989, the
+    delete-d jackknife at d = n/2), and nothing is drawn twice, which figures of whole documents could not take.
+    """
+    generator = np.random.default_rng(0)
+    try:
+        found = [figure(np.sort(generator.permutation(count)[: max(1, count // 2)])) for _ in range(HALVES)]
+    except KeyError:  # a ranking needs every document
+        return None, None
+    low, high = np.percentile(found, (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)))
+    return float(low), float(high)
+
+
+def _next_tokens(model: Any, batch: dict[str, Any]) -> np.ndarray:
+    """Return the likeliest token at each place that counts, in order."""
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"})
+    counts = batch["labels"] >= 0
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)[counts].cpu().numpy()
+
+
+def _latency(opened: Any, samples: Any, ids: np.ndarray) -> tuple[dict[str, tuple[float, float]], str]:
+    """Time calls of the model, or the writing of tokens, by batch size."""
+    from bigbatch.recipes.core.foreign import ForeignDecoder
+    from bigbatch.recipes.core.generate import Sampling, generate
+    from bigbatch.recipes.core.models.decoder import Decoder
+
+    writes = isinstance(opened.model, (Decoder, ForeignDecoder))
+    found = {}
+    for size in BATCHES:
+        if writes:
+            tokens = next(iter(_batches(samples, ids[:1], 1)))["tokens"]
+            prompt = np.resize(tokens[0].cpu().numpy(), PROMPT_TOKENS).tolist()
+            sampling = Sampling(NEW_TOKENS, temperature=0.0)
+            seconds = _times(partial(generate, opened.model, [prompt] * size, sampling))
+            seconds = seconds / NEW_TOKENS
+        else:
+            batch = next(iter(_batches(samples, np.resize(ids, size), size)))
+            outputs = getattr(opened.recipe, "outputs", None) or opened.recipe.loss
+            seconds = _times(partial(outputs, opened.model, batch))
+        found[str(size)] = tuple(float(value) * 1000 for value in np.percentile(seconds, (50, 95)))
+    return found, f"a token, of {NEW_TOKENS} behind {PROMPT_TOKENS}" if writes else "a call"
+
+
+def _times(call: Callable[[], Any]) -> np.ndarray:
+    """Return the seconds of calls, after some to warm up."""
+    for _ in range(WARM_UP_CALLS):
+        call()
+    seconds, begin = [], time.perf_counter()
+    while len(seconds) < LEAST_CALLS or (len(seconds) < MOST_CALLS and time.perf_counter() - begin < MOST_SECONDS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return np.array(seconds)
+
+
+def _batches(samples: Any, ids: np.ndarray, size: int) -> Any:
+    """Yield batches of tensors."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for begin in range(0, len(ids), size):
+        own = ids[begin : begin + size]
+        batch = samples.batch(own, np.zeros_like(own))
+        yield {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+
+
+def _choose(num_samples: int, options: Options, is_whole: bool) -> np.ndarray:
+    ids = np.arange(num_samples, dtype=np.int64)
+    if is_whole or num_samples <= options.num_samples:
+        return ids
+    return np.sort(np.random.default_rng(options.seed).choice(ids, options.num_samples, replace=False))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Add up the files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _resident_bytes() -> int:
+    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(fields[1]) * resource.getpagesize()
+
+
+def _numbers(figures: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items() if isinstance(value, (int, float))}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
