@@ -55,8 +55,8 @@ class Rung(NamedTuple):
     @classmethod
     def read(cls, document: dict[str, Any]) -> "Rung":
         """Return a rung from its JSON."""
-        measured: dict[str, Any] = {key: document[key] and read_measurement(document[key]) for key in ("before", "after")}
-        return cls(**(document | measured))
+        pair: dict[str, Any] = {key: document[key] and read_measurement(document[key]) for key in ("before", "after")}
+        return cls(**(document | pair))
 
 
 def print_table(rungs: list[Rung]) -> None:
