@@ -40,7 +40,9 @@ standard error, results to standard output. Exit status: 0 done; 2 a mistake in 
 75 stopped and saved, the same command goes on; 1 anything else."""
 
 ENDING_PREPARE = "ending; what is prepared stays"
-BENCH_RUNS = {"train": "gpt/bench", "checkpoint": "gpt/124m", "comm": "gpt/bench"}
+BENCH_RUNS = {"train": "gpt/bench", "checkpoint": "gpt/124m", "convert": "gpt/124m", "comm": "gpt/bench"}
+WITHOUT_DATA = ("checkpoint", "convert")
+"""What a bench measures though the run's data are not there."""
 # The steps that `bench comm` measures are to have no gradients to send.
 ALONE = (
     "deepspeed=null",
@@ -289,13 +291,14 @@ def bench(
             raise UserError(f"parallel.{axis}", message)
     if what == "comm":
         resolved = _resolve(bench_run or BENCH_RUNS[what], [*overrides, *ALONE])
-    if what != "checkpoint":
+    if what not in WITHOUT_DATA:
         refuse_errors(resolved, ranks)
     with _passing_folder("bench") as run_dir:
         deepspeed = complete(resolved.config, resolved.deepspeed, ranks)
         write(RunDir(run_dir), resolved.document, deepspeed, resolved.content_id)
-        if what == "checkpoint":  # its data need not be there
-            return importlib.import_module("bigbatch.tools.bench_checkpoint").bench_checkpoint(run_dir, rounds, as_json)
+        if what in WITHOUT_DATA:
+            module = importlib.import_module(f"bigbatch.tools.bench_{what}")
+            return getattr(module, f"bench_{what}")(run_dir, rounds, as_json)
         status = run_ranks(worker_command("prepare", run_dir), 1, run_dir, answer=ENDING_PREPARE)
         if status != EXIT_DONE:
             return status
@@ -451,7 +454,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--output": {"type": Path, "metavar": "FILE", "help": "new: default: ~/.config/bigbatch/profiles/NAME.v1.json"},
     "--ranks": {"type": _positive, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
     "what": {"choices": tuple(BENCH_RUNS), "help": "what to measure"},
-    "bench_run": {"metavar": "RUN", "nargs": "?", "help": "default: gpt/bench; for checkpoint gpt/124m"},
+    "bench_run": {"metavar": "RUN", "nargs": "?", "help": "default: gpt/bench; for checkpoint and convert gpt/124m"},
     "--rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns of each (default 5)"},
     "--steps": {"type": _positive, "metavar": "N", "default": 4, "help": "train: steps a turn (default 4)"},
     "--gpus": {"type": _positive, "metavar": "N", "required": True, "help": "how many there are in all"},

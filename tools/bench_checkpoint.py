@@ -48,7 +48,7 @@ def bench_checkpoint(run_dir: Path, rounds: int, as_json: bool) -> int:
     """Measure saves of the run's state on one rank, under the run folder, and print a table."""
     run = load_run(run_dir)
     mesh = runtime.start_mesh()
-    engine = _ready_engine(run, mesh)
+    engine = ready_engine(run, mesh, known_facts(run))
     seconds = _measure(run_dir, engine, mesh, rounds)
     num_bytes = sum(part.values.nbytes for part in checkpoint.owned(engine, mesh))
     ratios = compare(seconds)
@@ -69,18 +69,19 @@ def compare(seconds: dict[str, list[float]]) -> list[Ratio]:
     ]
 
 
-def _ready_engine(run: Run, mesh: Mesh) -> Engine:
-    """Build the run's engine with the state that its optimizer has after a step; what the numbers are is all the same.
-
-    The data need not be there: of a model of language it is enough to know how many tokens there are.
-    """
+def known_facts(run: Run) -> dict[str, Any]:
+    """Return the facts of the run's data; where these are not there, a language model's number of tokens will do."""
     data = getattr(run.config, "data", None)
     try:
-        facts = run.recipe.open_data(run.config).facts
+        return run.recipe.open_data(run.config).facts
     except UserError:
         if not (size := getattr(getattr(data, "tokenizer", None), "vocabulary_size", None)):
             raise
-        facts = {"vocabulary_size": size}
+        return {"vocabulary_size": size}
+
+
+def ready_engine(run: Run, mesh: Mesh, facts: dict[str, Any]) -> Engine:
+    """Build the run's engine with what its optimizer has after a step; what the numbers are is all the same."""
     engine = Engine(run.recipe.build_model(run.config, facts), run.config, run.deepspeed, mesh)
     for flat in {fragment.flat: None for fragment in engine.fragments()}:
         states = {key: torch.rand_like(flat, requires_grad=False) for key in state_keys(run.config.optimizer)}
@@ -102,7 +103,7 @@ def _measure(run_dir: Path, engine: Engine, mesh: Mesh, rounds: int) -> dict[str
         UNSYNCED: lambda: _timed(UNSYNCED, lambda: checkpoint.save(run_dir, engine, mesh, {"step": 1}), _no_fsync()),
         STALL: lambda: _save_behind(saver, told),
         COPY: lambda: _timed(COPY, copy),
-        DEEPSPEED: lambda: _timed(DEEPSPEED, lambda: _save_with_deepspeed(engine, run_dir / "deepspeed")),
+        DEEPSPEED: lambda: _timed(DEEPSPEED, lambda: save_with_deepspeed(engine, run_dir / "deepspeed")),
     }
     seconds: dict[str, list[float]] = {}
     names = list(contestants)
@@ -163,7 +164,8 @@ def _bare_copy(engine: Engine, mesh: Mesh) -> Callable[[], None]:
     return copy
 
 
-def _save_with_deepspeed(engine: Engine, folder: Path) -> None:
+def save_with_deepspeed(engine: Engine, folder: Path) -> None:
+    """Save as DeepSpeed does."""
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         engine.deepspeed.save_checkpoint(str(folder), tag="step1")

@@ -21,7 +21,7 @@ import torch
 
 from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.arguments import Parser
-from bigbatch.recipes.core.checkpoint import MASTER, Reader, open_checkpoint
+from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, Reader, open_checkpoint
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, piece_shape
@@ -33,14 +33,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = 1e-4
 """Largest difference of two logits in float32, as a part of the largest logit. Two ways to sum the same products differ
 by up to 1e-5 of it in deep models; a wrong weight, by more than 1e-3."""
-SHARD_BYTES = 4 * 2**30
+WINDOW_BYTES = 16 * 2**20
+"""Read, cast and written at a time, where --max-ram allows so much; larger ones are not faster."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Of the inputs, ours and transformers'.
 NAMES = {"tokens": "input_ids", "written": "decoder_input_ids", "segments": "token_type_ids", "pixels": "pixel_values"}
 # In memory they name their layers otherwise than in files, or make tensors themselves.
 WHOLE = ("AutoModelForImageClassification", "AutoModelForSeq2SeqLM")
 PARITY_SAMPLES = 2
-PARITY_TOKENS = 512
+PARITY_TOKENS = 128  # of each; the logits of a large vocabulary would take more memory than all else
+
+
+class Sizes(NamedTuple):
+    """Bounds in bytes."""
+
+    max_ram: int = 4 * 2**30
+    """For reading and writing."""
+    max_shard_size: int = 4 * 2**30
+    """Of a file of weights, unless one tensor is larger."""
+
+
+DEFAULT_SIZES = Sizes()
 
 
 class Parity(NamedTuple):
@@ -64,10 +77,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights written (default fp32)")
     parser.add_argument("--max-ram", default="4G", metavar="SIZE", help="for reading and writing (default 4G)")
+    parser.add_argument("--max-shard-size", default="4G", metavar="SIZE", help="of a file of weights (default 4G)")
     arguments = parser.parse_args(argv)
-    max_ram_bytes = parse_bytes(arguments.max_ram)
+    sizes = Sizes(*(parse_bytes(getattr(arguments, name), f"--{name.replace('_', '-')}") for name in Sizes._fields))
     out = arguments.out.absolute()  # before the current folder may change
-    parity = convert(enter_home(arguments.run_dir), out, arguments.dtype, max_ram_bytes)
+    parity = convert(enter_home(arguments.run_dir), out, arguments.dtype, sizes)
     print(
         f"{arguments.out}: logits of {parity.num_tokens} {parity.unit} equal transformers' own to "
         f"{parity.largest_difference:.1e} (largest logit {parity.largest_logit:.1f})",
@@ -77,23 +91,26 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 4 * 2**30) -> Parity:
-    """Convert a run's best checkpoint, else its newest (or the one given), into the folder `out`."""
+def convert(
+    run_dir: Path,
+    out: Path,
+    dtype: str = "fp32",
+    sizes: Sizes = DEFAULT_SIZES,
+    text: dict[str, np.ndarray] | None = None,
+) -> Parity:
+    """Convert a run's best checkpoint, else its newest (or the one given), into the folder `out`.
+
+    They are compared on `text`, as `compare` takes it; by default on some of the run's own.
+    """
     if out.exists():
         raise UserError(str(out), "exists already; name a folder that does not")
-    reader = open_checkpoint(run_dir)
-    document = reader.manifest["run"]
-    recipe = recipes.find(document["recipe"])
-    config = recipes.find_config(document["recipe"]).model_validate_json(json.dumps(document))
-    facts = reader.manifest["facts"]
-    export = recipe.hugging_face(config, facts)
+    reader, recipe, config = open_run(run_dir)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        _write_weights(partial, reader, export.tensors, DTYPES[dtype], max_ram_bytes)
-        _write_rest(partial, export, facts, dtype)
-        text = _real_text(recipe, config)
-        parity = compare(partial, reader, recipe, config, text, DTYPES[dtype], export.auto_class)
+        auto_class = write_model(partial, reader, recipe, config, dtype, sizes)
+        text = text or _real_text(recipe, config)
+        parity = compare(partial, reader, recipe, config, text, DTYPES[dtype], auto_class)
         if not parity.largest_difference <= parity.bound:
             raise UserError(
                 str(out),
@@ -109,6 +126,24 @@ def convert(run_dir: Path, out: Path, dtype: str = "fp32", max_ram_bytes: int = 
             raise mistake from error
         raise
     return parity
+
+
+def open_run(run_dir: Path) -> tuple[Reader, Any, Any]:
+    """Return a run's checkpoint, as `convert` chooses it, its recipe and its configuration."""
+    if (run_dir / "config.json").is_file() and not (run_dir / MANIFEST).exists():
+        raise UserError(str(run_dir), "is a Hugging Face folder already; right is a run folder or a checkpoint")
+    reader = open_checkpoint(run_dir)
+    document = reader.manifest["run"]
+    config = recipes.find_config(document["recipe"]).model_validate_json(json.dumps(document))
+    return reader, recipes.find(document["recipe"]), config
+
+
+def write_model(folder: Path, reader: Reader, recipe: Any, config: Any, dtype: str, sizes: Sizes) -> str:
+    """Write weights, configuration and tokenizer; return the class of transformers that builds the model."""
+    export = recipe.hugging_face(config, reader.manifest["facts"])
+    _write_weights(folder, reader, export.tensors, DTYPES[dtype], sizes)
+    _write_rest(folder, export, reader.manifest["facts"], dtype)
+    return export.auto_class
 
 
 def compare(
@@ -189,22 +224,21 @@ def _read_mixture(weights: WeightFolder, name: str) -> torch.Tensor:
 
 
 def _write_weights(
-    folder: Path, reader: Reader, table: dict[str, list[Piece]], dtype: torch.dtype, max_ram_bytes: int
+    folder: Path, reader: Reader, table: dict[str, list[Piece]], dtype: torch.dtype, sizes: Sizes
 ) -> None:
-    """Write model.safetensors, or shards of at most SHARD_BYTES with their index."""
+    """Write model.safetensors, or shards with their index."""
     shapes = {name: tuple(reader.tensors[name]["shape"]) for name in table}
     items = [(_entry(piece, shapes[name], dtype), name, piece) for name, pieces in table.items() for piece in pieces]
     shards: list[list[tuple[Entry, str, Piece]]] = [[]]
     for item in items:
-        if shards[-1] and sum(entry.num_bytes for entry, *_ in shards[-1]) + item[0].num_bytes > SHARD_BYTES:
+        if shards[-1] and sum(entry.num_bytes for entry, *_ in shards[-1]) + item[0].num_bytes > sizes.max_shard_size:
             shards.append([])
         shards[-1].append(item)
-    window = max_ram_bytes // 4  # read as float32, transposed, cast: four copies of a window at the worst
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = folder / f"model{suffix}.safetensors"
-        parts = (part for _, name, piece in shard for part in _parts(reader, name, piece, dtype, window))
+        parts = (part for _, name, piece in shard for part in _parts(reader, name, piece, dtype, sizes.max_ram))
         write_tensors(file, [entry for entry, *_ in shard], parts)
         weight_map.update({entry.name: file.name for entry, *_ in shard})
     if len(shards) > 1:
@@ -217,15 +251,16 @@ def _entry(piece: Piece, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
     return Entry(piece.name, dtype, piece_shape(piece, shape))
 
 
-def _parts(reader: Reader, name: str, piece: Piece, dtype: torch.dtype, window_bytes: int) -> Iterator[torch.Tensor]:
+def _parts(reader: Reader, name: str, piece: Piece, dtype: torch.dtype, max_ram: int) -> Iterator[torch.Tensor]:
     """Yield a piece's elements in order, a window of rows at a time; a transposed one has to be read whole."""
     shape = reader.tensors[name]["shape"]
     row_elements = math.prod(shape[1:])
     num_rows = piece.stop - piece.start
-    window_rows = max(1, window_bytes // (4 * row_elements))
-    if piece.transpose and window_rows < num_rows:
-        needed = 16 * num_rows * row_elements
+    needed = 16 * num_rows * row_elements  # read as float32, transposed, cast: four copies at the worst
+    if piece.transpose and needed > max_ram:
         raise UserError("--max-ram", f"tensor {piece.name} has to be transposed whole; it needs {needed:,} bytes")
+    window_bytes = needed // 4 if piece.transpose else min(max_ram // 4, WINDOW_BYTES)
+    window_rows = max(1, window_bytes // (4 * row_elements))
     for start in range(piece.start, piece.stop, window_rows):
         rows = min(window_rows, piece.stop - start)
         part = torch.empty(rows * row_elements)
@@ -317,7 +352,7 @@ def _model_facts(recipe: str, facts: dict[str, Any]) -> dict[str, Any]:
     return {name: facts[name] for name in names if name in facts}
 
 
-def parse_bytes(text: str, flag: str = "--max-ram") -> int:
+def parse_bytes(text: str, flag: str) -> int:
     """Read a size such as 4G, 512M or 1000000; with a B behind it, as in 20MB, in thousands."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]?)(B?)", text.upper())
     power = {"": 0, "K": 1, "M": 2, "G": 3}[found[2]] if found else 0

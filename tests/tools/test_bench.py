@@ -13,7 +13,7 @@ from bigbatch.launcher import cli
 from bigbatch.recipes.core.models.decoder import hugging_face_config, hugging_face_state
 from bigbatch.recipes.gpt import recipe
 from bigbatch.recipes.gpt.config import GptConfig
-from bigbatch.tools import bench_checkpoint
+from bigbatch.tools import bench_checkpoint, bench_convert
 from bigbatch.tools.bench import Work, summarize
 
 WORK = Work(samples_per_step=16, tokens_per_sample=256, flops_per_sample=5e9, peak_flops=1e12)
@@ -147,3 +147,21 @@ def test_saves_are_measured_in_turns_of_a_run_whose_data_are_not_there(document,
     for row in measured["ratios"]:
         a, b = (np.array(seconds[row[side]]) for side in ("name", "over"))
         assert row["ratio"] == pytest.approx(np.median(a / b))
+
+
+def test_converters_are_compared_by_what_lies_above_the_bare_interpreter():
+    turns = {
+        "convert": [bench_convert.Turn(2.0, 1100), bench_convert.Turn(3.0, 1400)],
+        "zero_to_fp32": [bench_convert.Turn(4.0, 2000), bench_convert.Turn(12.0, 2000)],
+    }
+    ours = bench_convert.summarize(turns, bare_bytes=1000)["convert"]
+    assert ours == {"peak_bytes": 250, "seconds": 2.5, "peak_ratio": 0.25, "seconds_ratio": 0.375}
+
+
+@pytest.mark.slow
+def test_both_converters_run_and_are_measured(document, capsys):
+    assert cli.main(["bench", "convert", str(document), "--rounds", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["results"]) == 5
+    assert found["bare_bytes"] > 100e6
+    assert all(own["peak_bytes"] > 0 and own["seconds"] > 0 for own in found["results"].values())

@@ -20,7 +20,7 @@ from bigbatch.recipes.core.models.decoder import Decoder
 from bigbatch.recipes.core.tensor_file import Entry, write_json, write_tensors
 from bigbatch.recipes.gpt.config import GptConfig
 from bigbatch.tools import convert as tool
-from bigbatch.tools.convert import convert, main, parse_bytes
+from bigbatch.tools.convert import Sizes, convert, main, parse_bytes
 
 RUNS = ("gpt2_tied", "gpt2_untied", "llama_tied", "llama_grouped_untied")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,10 +110,9 @@ def test_the_card_and_the_record_say_what_was_compared(runs, tmp_path, capsys):
     assert "logits of 96 tokens equal transformers' own" in shown.err
 
 
-def test_small_shards_with_an_index_are_the_same_model(runs, tmp_path, monkeypatch):
+def test_small_shards_with_an_index_are_the_same_model(runs, tmp_path):
     convert(runs / "gpt2_untied", tmp_path / "whole")
-    monkeypatch.setattr(tool, "SHARD_BYTES", 40_000)
-    convert(runs / "gpt2_untied", tmp_path / "out")
+    assert main([str(runs / "gpt2_untied"), str(tmp_path / "out"), "--max-shard-size", "40000"]) == 0
     shards = sorted((tmp_path / "out").glob("model-*-of-*.safetensors"))
     assert len(shards) > 3
     assert not (tmp_path / "out/model.safetensors").exists()
@@ -128,6 +127,30 @@ def test_small_shards_with_an_index_are_the_same_model(runs, tmp_path, monkeypat
     model, notes = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(notes.values())
     assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+
+
+def test_a_training_that_starts_from_the_folder_and_changes_nothing_converts_to_equal_files(runs, tmp_path):
+    convert(runs / "llama_grouped_untied", tmp_path / "first")
+    document = json.loads((runs / "llama_grouped_untied/run.json").read_text())
+    document["model"]["initialize_from"] = str(tmp_path / "first")
+    document["optimizer"]["learning_rate"] = 1e-30  # below half a step of any float32 weight
+    del document["model"]["initializer_range"]
+    document["parallel"], document["precision"], document["batch"] = {}, {"dtype": "fp32"}, {"global_size": 4}
+    (tmp_path / "again.json").write_text(json.dumps(document))
+    assert cli.main(["train", str(tmp_path / "again.json"), "--ranks", "1", "--run-dir", str(tmp_path / "run")]) == 0
+    convert(tmp_path / "run", tmp_path / "second")
+    for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_folder_that_is_converted_already_or_none_at_all_is_refused(runs, tmp_path):
+    convert(runs / "gpt2_tied", tmp_path / "first")
+    with pytest.raises(UserError, match="is a Hugging Face folder already"):
+        convert(tmp_path / "first", tmp_path / "second")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no checkpoint that verifies"):
+        convert(tmp_path / "empty", tmp_path / "second")
+    assert no_trace(tmp_path / "second")
 
 
 def test_a_checkpoint_named_itself_is_converted_and_the_newest_sound_one_of_a_run(runs, tmp_path):
@@ -290,7 +313,7 @@ def test_memory_stays_far_below_the_model(large_run, tmp_path):
 
 def test_a_bound_too_small_for_one_tensor_is_told_with_what_it_needs(runs, tmp_path):
     with pytest.raises(UserError) as error:
-        convert(runs / "gpt2_tied", tmp_path / "out", max_ram_bytes=2**14)
+        convert(runs / "gpt2_tied", tmp_path / "out", sizes=Sizes(max_ram=2**14))
     assert re.search(
         r"transformer\.h\.0\.attn\.c_attn\.weight has to be transposed whole; it needs 49,152", str(error.value)
     )
@@ -298,13 +321,14 @@ def test_a_bound_too_small_for_one_tensor_is_told_with_what_it_needs(runs, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("4G", 2**32), ("512M", 2**29), ("1.5K", 1536), ("1000000", 10**6), ("2g", 2**31)]
+    ("text", "expected"),
+    [("4G", 2**32), ("512M", 2**29), ("1.5K", 1536), ("1000000", 10**6), ("2g", 2**31), ("20MB", 20_000_000)],
 )
 def test_a_size_is_read_with_its_unit(text, expected):
-    assert parse_bytes(text) == expected
+    assert parse_bytes(text, "--max-ram") == expected
 
 
 @pytest.mark.parametrize("text", ["", "G", "4T", "four", "-1G", "1.2.3M", "0", "²G"])
 def test_a_size_that_is_none_is_refused(text):
-    with pytest.raises(UserError, match="right is a size such as 4G or 512M"):
-        parse_bytes(text)
+    with pytest.raises(UserError, match="right is a size such as 4G, 512M or 20MB"):
+        parse_bytes(text, "--max-ram")
