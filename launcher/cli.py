@@ -29,7 +29,7 @@ from bigbatch.recipes.core.errors import (
     as_user_error,
     one_line,
 )
-from bigbatch.recipes.core.process import keep_streams_open
+from bigbatch.recipes.core.process import keep_streams_open, quiet_libraries
 
 if TYPE_CHECKING:
     from bigbatch.launcher.resolve import Resolved
@@ -54,6 +54,7 @@ ALONE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status; a user sees a line, never a bare traceback (unless BIGBATCH_DEBUG=1)."""
     keep_streams_open()
+    quiet_libraries()
     try:
         status = _run_verb(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()

@@ -19,7 +19,7 @@ import numpy as np
 
 from bigbatch.recipes.core.checkpoint import open_checkpoint
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
-from bigbatch.recipes.core.process import die_with_parent
+from bigbatch.recipes.core.process import die_with_parent, quiet_libraries
 
 BATCHES = (1, 8)
 HALVES = 200  # samples of halves that an interval comes from
@@ -99,6 +99,7 @@ def agreement(before: Path, after: Path) -> float | None:
 def main(argv: list[str]) -> int:
     """Measure one model in this process."""
     die_with_parent()
+    quiet_libraries()
     model, result, options = Path(argv[0]), Path(argv[1]), Options(**json.loads(argv[2]))
     try:
         found, answers = _measure(model.absolute(), options)

@@ -158,7 +158,7 @@ def _notes(rungs: list[Rung]) -> list[str]:
     last = measured[-1]
     after = last.after
     assert after is not None
-    lost = f"{last.drop:+.2f} {last.drop_unit}" if last.drop_unit == "%" else f"{-last.drop:+.2f} points"
+    lost = f"{last.drop:+.2f} {last.drop_unit}" if last.drop_unit == "%" else f"{0.0 - last.drop:+.2f} points"
     return [
         f"{after.figure.name} {lost}, {after.num_samples:,} samples of the {after.split} split; milliseconds of "
         f"{after.latency_of}, median and 95th percentile, {after.threads} thread{'s' * (after.threads > 1)}."

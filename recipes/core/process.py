@@ -5,6 +5,7 @@ Standard library alone: torch takes seconds, and a signal may come in any of the
 
 import ctypes
 import io
+import logging
 import os
 import signal
 import sys
@@ -54,6 +55,12 @@ class _Forgiving(io.FileIO):
             return super().write(data)
         except OSError:
             return len(data)
+
+
+def quiet_libraries() -> None:
+    """Keep off standard error what torchao says wherever transformers imports it: that it has no GPU kernels here."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def keep_streams_open() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bigbatch.recipes.core.errors import EXIT_USER_ERROR, UserError
 from bigbatch.recipes.core.offline import forbid_network
-from bigbatch.recipes.core.process import StopFlag, die_with_parent, keep_streams_open
+from bigbatch.recipes.core.process import StopFlag, die_with_parent, keep_streams_open, quiet_libraries
 from bigbatch.recipes.core.slurm_ranks import join_step
 
 
@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
     """Run one part of a run; return the exit status."""
     die_with_parent()
     keep_streams_open()
+    quiet_libraries()
     stop = StopFlag()
     stop.install()
     try:
