@@ -249,16 +249,22 @@ def submit(
     return submit_one(run, load_profile(profile), wanted)
 
 
-def evaluate(run_dir: Path, split: str) -> int:
-    """Evaluate the best checkpoint of a run, else its newest, on data held out; prints JSON."""
+def evaluate(model: Path, split: str, data_run: str | None) -> int:
+    """Evaluate a model on data held out, of a run the best checkpoint, else its newest; prints JSON."""
     from bigbatch.launcher.local import run_ranks, worker_command
     from bigbatch.launcher.run_dir import RunDir
     from bigbatch.recipes.core.run_home import enter_home
 
     _need_train_extra()
-    if not RunDir(run_dir).exists():
-        raise UserError(str(run_dir), "is no run folder: it has no run.json")
-    run_dir = enter_home(run_dir)
+    if not RunDir(model).exists():
+        if not (model / "config.json").is_file() and not (model / "manifest.json").is_file():
+            raise UserError(str(model), "is no run folder (it has no run.json), no checkpoint and no model folder")
+        document = _resolve(data_run, []).document if data_run else None
+        path = model.absolute()
+        return importlib.import_module("bigbatch.tools.judge").print_figures(enter_home(path), split, document)
+    if data_run:
+        raise UserError("--run", "goes with a model folder; a run is evaluated on its own data")
+    run_dir = enter_home(model)
     with _passing_folder("evaluate") as own:  # logs and failures in the run's own folder are those of its training
         return run_ranks(worker_command(f"evaluate:{split}", run_dir, own), 1, own, answer="ending")
 
@@ -394,7 +400,7 @@ VERBS = {
     "resume": Verb(resume, ("run_dir",)),
     "submit": Verb(submit, ("run", "--profile", *SUBMIT_FLAGS, "--run-dir", "--set", "--on-error")),
     "profile": Verb(profile, ("action", "profile_name", "--partition", "--output", "--json")),
-    "evaluate": Verb(evaluate, ("run_dir", "--split")),
+    "evaluate": Verb(evaluate, ("model", "--split", "--run")),
     "bench": Verb(bench, ("what", "bench_run", "--ranks", "--set", "--rounds", "--steps", "--json")),
 }
 
@@ -444,6 +450,8 @@ def _above_zero(text: str) -> float:
 FLAGS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN | RUN_DIR", "help": "name or path of a run document, or a run folder"},
     "run_dir": {"metavar": "RUN_DIR", "type": Path, "help": "folder of a run"},
+    "model": {"metavar": "MODEL", "type": Path, "help": "run folder, checkpoint or model folder"},
+    "--run": {"dest": "data_run", "metavar": "RUN", "help": "of a model folder: whose data (default: its own run's)"},
     "run_dirs": {"metavar": "RUN_DIR", "nargs": "*", "type": Path, "help": "default: all under runs/"},
     "--rank": {"type": _rank, "metavar": "N", "help": "what this rank has written (default: the job)"},
     "--all": {"action": "store_true", "dest": "all_ranks", "help": "what each rank has written, with its name"},

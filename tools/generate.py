@@ -29,13 +29,22 @@ class TextModel(NamedTuple):
 
 
 def open_model(folder: Path, dtype: str | None) -> tuple[Any, TextModel]:
-    """Open what `generate.load_model` does, on the GPU where there is one, and its tokenizer."""
+    """Open what `generate.load_model` does, or a quantized, pruned or exported folder, and its tokenizer.
+
+    On the GPU where there is one.
+    """
     import torch
 
-    from bigbatch.recipes.core.generate import load_model
+    from bigbatch.recipes.core.generate import Loaded, load_model
+    from bigbatch.tools import opened
 
     path = enter_home(folder)
-    loaded = load_model(path)
+    if opened.is_deployed(path):
+        found = opened.open_model(path)
+        opened.check_writes(found)
+        loaded = Loaded(found.model, found.config.model, path, opened.read_json(path / opened.CONFIG_FILE))
+    else:
+        loaded = load_model(path)
     text_model = _open_tokenizer(loaded, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or ("bf16" if device == "cuda" else "fp32")

@@ -5,7 +5,6 @@ model, so that the peak of memory is this model's.
 """
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -123,12 +122,12 @@ def _measure(path: Path, options: Options) -> tuple[Measurement, dict[str, np.nd
     before = _resident_bytes()  # with what is imported anyway
     opened = open_model(path, options.threads)
     opened.model.eval()
-    config, split, samples = open_samples(opened, options)
+    data, split, samples = open_samples(opened, options)
     ids = _choose(samples.num_samples, options, getattr(opened.recipe, "WHOLE_SPLIT", False))
     with torch.inference_mode():
         latency, latency_of = _latency(opened, samples, ids)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before  # what judges has memory of its own
-        judged = _judge(opened, config, samples, ids)
+        judged = _judge(opened, data, samples, ids)
     in_worker = getattr(getattr(opened.model, "session", None), "peak_bytes", None)
     return Measurement(
         judged.figure,
@@ -144,31 +143,15 @@ def _measure(path: Path, options: Options) -> tuple[Measurement, dict[str, np.nd
 
 
 def open_samples(opened: Any, options: Options) -> tuple[Any, str, Any]:
-    """Return the run's document, the split's name and its samples; raise UserError where the data are not here."""
-    from bigbatch.recipes.core import recipe as recipes
-    from bigbatch.recipes.core.models.hugging_face import conversion_record, read_json
+    """Return the run's data, the split's name and its samples; raise UserError where they are not here."""
+    from bigbatch.tools.run_data import open_data
 
-    record = conversion_record(opened.path)
-    document = read_json(Path(options.run) / "run.json") if options.run else record["run"]
-    is_run = not (opened.path / "config.json").exists()
-    if not document and not is_run:
-        raise UserError(str(opened.path), "does not say what data it was trained on; --run RUN_DIR names a run's")
-    if (home := record.get("working_directory")) and Path(home).is_dir():
-        os.chdir(home)  # the document's relative paths lead from there
-    model_class = recipes.find_config(opened.recipe_name)
-    config = model_class.model_validate_json(json.dumps(document)) if document else opened.config
-    try:
-        data = opened.recipe.open_data(config)
-    except UserError as error:
-        message = (
-            f"the data to measure on are not here ({error}); --run RUN_DIR names a run's, --no-measure does without"
-        )
-        raise UserError(str(opened.path), message) from error
-    splits = {"test": data.test, "validation": data.validation, "train": data.train}
+    found = open_data(opened, Path(options.run).absolute() if options.run else None)
+    splits = {"test": found.splits.test, "validation": found.splits.validation, "train": found.splits.train}
     name = options.split or next(name for name, samples in splits.items() if samples)
     if not splits[name]:
         raise UserError("--split", f"found {name!r}; there is {', '.join(name for name in splits if splits[name])}")
-    return config, name, splits[name]
+    return found, name, splits[name]
 
 
 class Judged(NamedTuple):
@@ -179,11 +162,11 @@ class Judged(NamedTuple):
     choices: np.ndarray | None
 
 
-def _judge(opened: Any, config: Any, samples: Any, ids: np.ndarray) -> Judged:
+def _judge(opened: Any, data: Any, samples: Any, ids: np.ndarray) -> Judged:
     """Run the model on these samples and let the recipe judge."""
     from bigbatch.recipes.core.recipe import Outputs, further
 
-    recipe, model, facts = opened.recipe, opened.model, opened.facts
+    recipe, model, config, facts = opened.recipe, opened.model, data.config, data.facts
     outputs = further(recipe, "outputs") or (lambda model, batch: Outputs(recipe.loss(model, batch), {}))
     size = getattr(samples, "evaluation_size", None) or BATCHES[-1]
     losses, arrays, choices = [], {}, []

@@ -79,9 +79,22 @@ def format_of(folder: Path) -> str:
     return found
 
 
-def is_native(folder: Path) -> bool:
-    """Tell whether a folder's weights may be read as they are: not exported, and not quantized."""
-    return format_of(folder) == "transformers" and not read_json(folder / CONFIG_FILE).get("quantization_config")
+def is_deployed(path: Path) -> bool:
+    """Tell whether a path is a model folder that may need a session: quantized, pruned or exported."""
+    if not (path / CONFIG_FILE).is_file():
+        return False
+    return (path / DEPLOYMENT_FILE).exists() or _is_quantized(path)
+
+
+def check_writes(opened: Opened) -> None:
+    """Raise UserError unless a model is a decoder that writes text."""
+    if not hasattr(opened.config.model, "family"):
+        found = f"is a model of the recipe {opened.recipe_name!r}, which generates no text"
+        raise UserError(str(opened.path), found)
+
+
+def _is_quantized(folder: Path) -> bool:
+    return bool(read_json(folder / CONFIG_FILE).get("quantization_config"))
 
 
 def check_config(folder: Path) -> None:
@@ -117,7 +130,7 @@ def _open_folder(folder: Path, threads: int | None, must_predict: bool, recipe_n
     recipe = _find(name, folder, must_predict)
     check_weights(folder)
     config, facts = recipe.describe_folder(folder)
-    if is_native(folder):
+    if format_of(folder) == "transformers" and not _is_quantized(folder):
         try:
             return Opened(folder, name, recipe, config, facts, recipe.build_model(config, facts).eval())
         except UserError:

@@ -59,6 +59,22 @@ def test_a_session_writes_what_the_native_model_writes(tiny_folder, kind):
         assert generate(in_session(opened).model, prompts, sampling) == expected
 
 
+def test_generate_writes_with_a_folder_that_was_deployed(tiny_folder, tmp_path, capsys):
+    from bigbatch.tools.generate import main
+
+    converted = shutil.copytree(tiny_folder("gpt_llama")[1], tmp_path / "model")
+    asked = ["--prompt", "The old", "--temperature", "0", "--max-new-tokens", "12"]
+    assert main([str(converted), *asked]) == 0
+    written = capsys.readouterr().out
+    (converted / "deployment.json").write_text('{"format": "transformers", "rungs": []}')
+    assert main([str(converted), *asked]) == 0
+    assert capsys.readouterr().out == written
+    classifier = shutil.copytree(tiny_folder("classify")[1], tmp_path / "classifier")
+    (classifier / "deployment.json").write_text('{"format": "transformers", "rungs": []}')
+    with pytest.raises(UserError, match="is a model of the recipe 'classify', which generates no text"):
+        main([str(classifier), *asked])
+
+
 @pytest.mark.parametrize("kind", ["translate", "summarize_written", "dialogue"])
 def test_figures_of_what_is_written_are_the_same_behind_a_session(tiny_folder, kind):
     run, converted = tiny_folder(kind)
