@@ -414,6 +414,7 @@ TOOLS = {
     "checkpoint": ("inspect", "List (ls), verify, compare (diff) or remove (gc) checkpoints."),
     "convert": ("convert", "Turn a run's checkpoint into a Hugging Face folder, compared before it counts as done."),
     "import-deepspeed": ("import_deepspeed", "Turn a checkpoint of DeepSpeed's own into a safetensors folder."),
+    "serve": ("serve", "Answer HTTP requests with a model; as OpenAI's API where it writes text."),
     "report": ("report", "Write one HTML page about one run or several."),
     "doctor": ("doctor", "Say which fused parts are in use on this machine, and why not the others."),
 }
