@@ -21,10 +21,10 @@ import torch
 
 from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.arguments import Parser
-from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, Reader, open_checkpoint
+from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, Reader, fill, open_checkpoint
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
-from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, piece_shape
+from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_own, piece_shape
 from bigbatch.recipes.core.recipe import RECORD_FILE
 from bigbatch.recipes.core.run_home import enter_home
 from bigbatch.recipes.core.tensor_file import Entry, sync_folder, write_json, write_tensors
@@ -36,8 +36,12 @@ by up to 1e-5 of it in deep models; a wrong weight, by more than 1e-3."""
 WINDOW_BYTES = 16 * 2**20
 """Read, cast and written at a time, where --max-ram allows so much; larger ones are not faster."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TRANSFORMERS, OWN = "transformers' own", "this project's own"
+UNCUT = {"pixels": "numbers", "samples": "samples", "lengths": ""}
+"""Inputs that are taken whole, and what is counted of them."""
 # Of the inputs, ours and transformers'.
 NAMES = {"tokens": "input_ids", "written": "decoder_input_ids", "segments": "token_type_ids", "pixels": "pixel_values"}
+NAMES |= {"samples": "samples", "lengths": "lengths"}
 # In memory they name their layers otherwise than in files, or make tensors themselves.
 WHOLE = ("AutoModelForImageClassification", "AutoModelForSeq2SeqLM")
 PARITY_SAMPLES = 2
@@ -63,6 +67,8 @@ class Parity(NamedTuple):
     largest_logit: float
     num_tokens: int
     unit: str = "tokens"
+    model: str = TRANSFORMERS
+    """Whose it was compared with: this project's own where transformers has no such class."""
 
     @property
     def bound(self) -> float:
@@ -83,7 +89,7 @@ def main(argv: list[str]) -> int:
     out = arguments.out.absolute()  # before the current folder may change
     parity = convert(enter_home(arguments.run_dir), out, arguments.dtype, sizes)
     print(
-        f"{arguments.out}: logits of {parity.num_tokens} {parity.unit} equal transformers' own to "
+        f"{arguments.out}: logits of {parity.num_tokens} {parity.unit} equal {parity.model} to "
         f"{parity.largest_difference:.1e} (largest logit {parity.largest_logit:.1f})",
         file=sys.stderr,
     )
@@ -160,6 +166,8 @@ def compare(
     And with its segments [B, T] where it has such; or on images' pixels [B, C, S, S]. Both read their weights a module
     at a time; ours are rounded to `dtype`, which the folder has.
     """
+    if not auto_class:
+        return _compare_own(folder, reader, recipe, config, text, dtype)
     theirs = _transformers_model(folder, auto_class)
     with torch.device("meta"):
         ours = recipe.build_model(config, reader.manifest["facts"], initialize=False).eval()
@@ -178,6 +186,23 @@ def compare(
     # torch's maximum of numbers one of which is not a number is not a number; Python's may be any.
     unit = "numbers" if "pixels" in text else "tokens"
     return Parity(float(torch.stack(differences).max()), float(torch.stack(logits).max()), first.size, unit)
+
+
+def _compare_own(
+    folder: Path, reader: Reader, recipe: Any, config: Any, text: dict[str, np.ndarray], dtype: torch.dtype
+) -> Parity:
+    """Compare the folder's model and the checkpoint's where transformers has no such class; the model is small."""
+    facts = reader.manifest["facts"]
+    written, ours = (recipe.build_model(config, facts, initialize=False).eval() for _ in range(2))
+    load_own(written, folder)
+    fill(reader, ours)
+    inputs = {name: torch.from_numpy(array) for name, array in text.items()}
+    with torch.inference_mode():
+        for parameter in ours.parameters():
+            parameter.copy_(parameter.to(dtype))
+        (found, *_), (expected, *_) = written(**inputs), ours(**inputs)
+    first, array = next(iter(text.items()))
+    return Parity(float((found - expected).abs().max()), float(expected.abs().max()), array.size, UNCUT[first], OWN)
 
 
 def _logits(output: Any) -> torch.Tensor:
@@ -304,9 +329,7 @@ def _real_text(recipe: Any, config: Any) -> dict[str, np.ndarray]:
     samples = data.validation or data.train
     ids = np.arange(min(PARITY_SAMPLES, samples.num_samples))
     batch = samples.batch(ids, np.zeros_like(ids))
-    return {
-        name: batch[name][:, :PARITY_TOKENS] if name != "pixels" else batch[name] for name in NAMES if name in batch
-    }
+    return {name: batch[name] if name in UNCUT else batch[name][:, :PARITY_TOKENS] for name in NAMES if name in batch}
 
 
 def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype: str) -> None:
@@ -340,7 +363,7 @@ def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype
 
 ## What was verified
 
-On {parity.num_tokens:,} {parity.unit} of real data, in float32, the logits of transformers' own model loaded from this
+On {parity.num_tokens:,} {parity.unit} of real data, in float32, the logits of {parity.model} model loaded from this
 folder differ from those of the model that was trained by at most {parity.largest_difference:.2e} (the largest logit is
 {parity.largest_logit:.2f}; the bound is {parity.bound:.2e}).
 """)

@@ -106,6 +106,15 @@ class ForeignVision(Foreign):
         return self.session(pixel_values=pixels.float())["logits"]
 
 
+class ForeignSpeech(Foreign):
+    """Stands in for a SpeechModel."""
+
+    def forward(self, samples: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probabilities [B, T, K] of samples int16 [B, S], and how many frames of them [B] count."""
+        found = self.session(samples=samples, lengths=lengths)
+        return found["log_probabilities"], found["frames"]
+
+
 class ForeignDecoder(Foreign):
     """Stands in for a Decoder of a section."""
 

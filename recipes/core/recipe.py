@@ -69,7 +69,7 @@ class HuggingFaceExport(NamedTuple):
     generation: dict[str, Any] | None = None
     """generation_config.json, for a model that writes text."""
     auto_class: str = "AutoModelForCausalLM"
-    """The class of transformers that builds it."""
+    """The class of transformers that builds it; "" where there is none, and the folder is for this project alone."""
     processor: dict[str, Any] | None = None
     """preprocessor_config.json, for a model of images, which has no tokenizer."""
     files: dict[str, Any] | None = None

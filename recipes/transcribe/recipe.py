@@ -1,5 +1,6 @@
 """Write down what is said in recordings."""
 
+import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import nn
 
 from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, shown_counts
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import ForeignSpeech, Session
+from bigbatch.recipes.core.models.hugging_face import conversion_record, load_own, own_export
 from bigbatch.recipes.core.models.speech import SpeechModel, count_operations, ctc_loss
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.transcribe import data
@@ -23,6 +26,9 @@ from bigbatch.recipes.transcribe.decoding import BeamSearch, Language, best_path
 READS_FILES = True
 """An input of `predictor` is the path of a file."""
 INPUTS = ("samples", "lengths", "time_masks", "band_masks")
+MODEL_FACTS = ("alphabet", "prepared")
+"""What is of the model though no weight: the recordings that a language model is counted of, too."""
+WEIGHTS = "weights_folder"
 BOOTSTRAP_SAMPLES, CONFIDENCE = 1000, 0.95
 GENERATED_AT_ONCE = 8
 
@@ -69,8 +75,11 @@ class Transcriber(nn.Module):
 
 
 def build_model(config: TranscribeConfig, facts: dict[str, Any], initialize: bool = True) -> Transcriber:
-    """Build the model with first weights."""
-    return Transcriber(config, facts["alphabet"])
+    """Build the model with first weights, or those of the folder that the facts name."""
+    model = Transcriber(config, facts["alphabet"])
+    if initialize and WEIGHTS in facts:
+        load_own(model, Path(facts[WEIGHTS]))
+    return model
 
 
 def count_targets(batch: dict[str, np.ndarray]) -> int:
@@ -195,9 +204,24 @@ def predictor(
 
 
 def hugging_face(config: TranscribeConfig, facts: dict[str, Any]) -> HuggingFaceExport:
-    """Refuse: transformers has no such class."""
-    what = f"convolutions and a recurrent network ({config.model.cell}) with CTC"
-    raise UserError("model", f"is {what}, for which transformers has no class; bigbatch predict takes the run")
+    """Name the model's tensors; transformers has no such class."""
+    with torch.device("meta"):
+        model = build_model(config, facts, initialize=False)
+    return own_export(config.recipe, model, {"sampling_rate": config.data.sample_rate})
+
+
+def describe_folder(folder: Path) -> tuple[TranscribeConfig, dict[str, Any]]:
+    """Describe a folder that `bigbatch convert` has written, to predict with."""
+    record = conversion_record(folder)
+    return TranscribeConfig.model_validate_json(json.dumps(record["run"])), {**record["facts"], WEIGHTS: str(folder)}
+
+
+def foreign(config: TranscribeConfig, facts: dict[str, Any], session: Session) -> Transcriber:
+    """Return what stands in for the model where a session gives the log-probabilities."""
+    with torch.device("meta"):
+        model = Transcriber(config, facts["alphabet"])
+    model.model = ForeignSpeech(session)  # type: ignore[assignment]
+    return model
 
 
 def listen(model: Transcriber, chunk: Chunk) -> np.ndarray:

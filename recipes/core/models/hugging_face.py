@@ -11,7 +11,7 @@ from torch import nn
 
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layout import logical_shape, share_of
-from bigbatch.recipes.core.recipe import RECORD_FILE
+from bigbatch.recipes.core.recipe import RECORD_FILE, HuggingFaceExport
 
 
 class Piece(NamedTuple):
@@ -118,6 +118,21 @@ def load_pieces(
             share = share_of(parameter)
             whole = from_hugging_face(table[name], weights.read, logical_shape(parameter), where)
             parameter.copy_(share.cut(whole) if share else whole)
+
+
+def own_export(recipe: str, model: nn.Module, processor: dict[str, Any] | None = None) -> HuggingFaceExport:
+    """Describe a model that transformers has no class for: its tensors have our names, and `load_own` reads them."""
+    config = {"model_type": f"bigbatch_{recipe}", "architectures": [type(model).__name__]}
+    return HuggingFaceExport(config, _own_table(model), auto_class="", processor=processor)
+
+
+def load_own(model: nn.Module, folder: Path) -> None:
+    """Fill a model with the weights of a folder that `own_export` describes."""
+    load_pieces(model, _own_table(model), WeightFolder(folder))
+
+
+def _own_table(model: nn.Module) -> dict[str, list[Piece]]:
+    return {name: [Piece(name, 0, len(parameter))] for name, parameter in model.named_parameters()}
 
 
 def label_tables(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:

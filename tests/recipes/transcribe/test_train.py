@@ -20,6 +20,7 @@ from bigbatch.recipes.transcribe import recipe
 from bigbatch.recipes.transcribe.config import TranscribeConfig
 from bigbatch.recipes.transcribe.decoding import Language, best_path
 from bigbatch.tools.convert import convert
+from bigbatch.tools.opened import open_model
 from bigbatch.tools.predict import main as predict
 
 STEPS = 5
@@ -169,7 +170,19 @@ def test_a_file_that_is_no_recording_is_told_with_its_name(trained, tmp_path, ca
     assert json.loads(capsys.readouterr().out)["error"] == f"there is no file {tmp_path / 'gone.wav'}"
 
 
-def test_convert_says_that_transformers_has_no_such_class(trained, tmp_path):
-    with pytest.raises(UserError, match=r"model: is convolutions and a recurrent network \(gru\) with CTC, for which"):
-        convert(trained / "learning_2_1", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+def test_the_folder_that_convert_makes_writes_down_the_same_in_a_session_too(trained, tmp_path):
+    run = trained / "learning_2_1"
+    parity = convert(run, tmp_path / "out")
+    assert parity == (0.0, parity.largest_logit, parity.num_tokens, "samples", "this project's own")
+    files = sorted(map(str, (trained / "letters").iterdir()))[:4]
+    native, folder = open_model(run), open_model(tmp_path / "out")
+    answers = native.recipe.predictor(native.config, native.facts, native.model)(files)
+    assert len({answer["transcript"] for answer in answers}) > 1
+    assert folder.recipe.predictor(folder.config, folder.facts, folder.model)(files) == answers
+
+    def session(samples, lengths):
+        found, frames = native.model.model(samples, lengths)
+        return {"log_probabilities": found, "frames": frames}
+
+    foreign = recipe.foreign(folder.config, folder.facts, session).eval()
+    assert recipe.predictor(folder.config, folder.facts, foreign)(files) == answers
