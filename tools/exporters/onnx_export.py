@@ -1,0 +1,177 @@
+"""Model folders as ONNX graphs: fp32, fp16, int8 or int4, with dynamic batch and length, compared before they count."""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.models.hugging_face import WeightFolder, read_json
+from bigbatch.tools.engines import onnx_engine, transformers_engine
+from bigbatch.tools.exporters import onnx_models
+from bigbatch.tools.exporters.onnx_graph import FUSED_OPSET, LEAST_OPSET, Graph, write_models
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+"""What weights are stored in; the first is the default."""
+FAMILIES = {
+    "bert": onnx_models.bert,
+    "vit": onnx_models.vit,
+    "gpt2": onnx_models.gpt2,
+    "llama": onnx_models.llama,
+    "bart": onnx_models.bart,
+    "mbart": onnx_models.bart,
+    "marian": onnx_models.bart,
+}
+WRITERS, PAIRS = ("gpt2", "llama"), ("bart", "mbart", "marian")
+GREATEST_OPSET = 24
+LARGEST_DIFFERENCE = {"fp32": 1e-4, "fp16": 0.02, "int8": np.inf, "int4": np.inf}
+"""Of two outputs, as a part of the largest; coarser ones are measured on the task."""
+LENGTHS = (24, 9, 1)  # tokens of the rows that are compared, padded to the longest
+NEXT_TOKENS = 3
+
+
+class Weights(Mapping[str, np.ndarray]):
+    """A folder's tensors in float32 by name, read when asked for; those of BERT's first release by today's names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = WeightFolder(folder)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Read a tensor."""
+        if name not in self.folder.files:
+            name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        if name not in self.folder.files:
+            raise UserError(str(self.folder.folder), f"lacks the tensor {name!r}")
+        return self.folder.read(name).float().numpy()
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a tensor."""
+        first = str(name).replace("LayerNorm.bias", "LayerNorm.beta")
+        return name in self.folder.files or first in self.folder.files
+
+    def __iter__(self) -> Iterator[str]:
+        """List the names."""
+        return iter(self.folder.files)
+
+    def __len__(self) -> int:
+        """Count the tensors."""
+        return len(self.folder.files)
+
+
+def make(source: Any, partial: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Write the folder `source.path` as model.onnx in `options.precision`; compare it with transformers' own.
+
+    Raises UserError for a model for which there is no graph, or where the two differ.
+    """
+    config = read_json(source.path / "config.json")
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        message = f"model_type is {kind!r}; right is one of {', '.join(FAMILIES)}"
+        raise UserError(str(source.path / "config.json"), message)
+    opset = _opset(kind, options.opset)
+    write_onnx(source.path, partial, options.precision, opset)
+    record = compare(source.path, partial, options.threads)
+    relative = record["largest_difference"] / record["largest_output"]
+    if not relative <= LARGEST_DIFFERENCE[options.precision]:
+        raise UserError(str(source.path), f"not written: outputs differ from transformers' own by {relative:.1%}")
+    files = sorted(path.name for path in partial.glob("*.onnx*"))
+    made = {"format": "onnx", "precision": options.precision, "opset": opset, "files": files}
+    return made | {"record": {"name": f"onnx {options.precision}", **record}}
+
+
+def write_onnx(folder: Path, out: Path, precision: str, opset: int) -> None:
+    """Write a Hugging Face folder's graphs: model.onnx, for encoder-decoders encoder_model.onnx, and their weights."""
+    config, weights = read_json(folder / "config.json"), Weights(folder)
+    kind = config["model_type"]
+    graph = Graph(weights, precision, opset, writes=kind in WRITERS + PAIRS)
+    if kind in PAIRS:
+        encoder = Graph(weights, precision, opset, writes=True)  # as the decoder, for they share the embedding
+        onnx_models.bart(encoder, graph, config)
+        write_models(out, {onnx_engine.ENCODER: encoder, onnx_engine.MODEL: graph})
+        return
+    FAMILIES[kind](graph, config)
+    write_models(out, {onnx_engine.MODEL: graph})
+
+
+def compare(folder: Path, exported: Path, threads: int | None = None) -> dict[str, Any]:
+    """Run transformers' own model and the exported one on rows of several lengths: how far outputs differ at most.
+
+    Padding stands behind the tokens, and where a decoder writes ahead of them.
+    """
+    config = read_json(folder / "config.json")
+    theirs, ours = transformers_engine.open_session(folder, threads), onnx_engine.open_session(exported, threads)
+    generator = torch.Generator().manual_seed(0)
+    batch = _batch(config, generator)
+    expected, found = theirs(**batch), ours(**batch)
+    is_padding = batch.get("attention_mask", torch.ones(1)) == 0
+    pairs = [(expected[name], found[name]) for name in found]
+    if config["model_type"] not in PAIRS:
+        pairs = [tuple(_kept(array, is_padding) for array in pair) for pair in pairs]
+    if ours.writes:
+        steps = _steps(config, generator)
+        pairs += zip(_written(theirs, config, steps, batch), _written(ours, config, steps, batch), strict=True)
+    differences = torch.stack([(theirs.float() - ours.float()).abs().max() for theirs, ours in pairs])
+    return {
+        "largest_difference": float(differences.max()),
+        "largest_output": max(float(theirs.abs().max()) for theirs, _ in pairs),
+        "lengths": list(LENGTHS),
+    }
+
+
+def _opset(kind: str, asked: int | None) -> int:
+    """Return the operator set to write: the least that has all that a model needs, if none is asked for."""
+    default = FUSED_OPSET if kind in WRITERS else LEAST_OPSET
+    least = FUSED_OPSET if kind == "llama" else LEAST_OPSET
+    if asked is not None and not least <= asked <= GREATEST_OPSET:
+        raise UserError("--opset", f"found {asked}; right for a {kind} is {least} to {GREATEST_OPSET}")
+    return asked or default
+
+
+def _batch(config: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return inputs to compare on: rows of LENGTHS tokens, or images."""
+    if config["model_type"] == "vit":
+        side = config["image_size"]
+        return {"pixel_values": torch.randn(3, config["num_channels"], side, side, generator=generator)}
+    shape = (len(LENGTHS), max(LENGTHS))
+    tokens = torch.randint(config["vocab_size"], shape, generator=generator)
+    mask = (torch.arange(shape[1]) < torch.tensor(LENGTHS).unsqueeze(1)).long()
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    if config["model_type"] == "bert":
+        kinds = config.get("type_vocab_size", 2)
+        batch["token_type_ids"] = torch.randint(kinds, shape, generator=generator)
+    if config["model_type"] in PAIRS:
+        batch["decoder_input_ids"] = torch.randint(config["vocab_size"], (len(LENGTHS), 7), generator=generator)
+    return batch
+
+
+def _kept(output: torch.Tensor, is_padding: torch.Tensor) -> torch.Tensor:
+    """Set what stands at padding to 0."""
+    if output.shape[:2] != is_padding.shape:
+        return output
+    return output.masked_fill(is_padding.view(*is_padding.shape, *(output.dim() - 2) * (1,)), 0)
+
+
+def _steps(config: dict[str, Any], generator: torch.Generator) -> list[torch.Tensor]:
+    """Return the tokens of a first call [B, T], and of some that follow [B, 1]."""
+    sizes = [max(LENGTHS) // 2, *NEXT_TOKENS * (1,)]
+    return [torch.randint(config["vocab_size"], (len(LENGTHS), size), generator=generator) for size in sizes]
+
+
+def _written(
+    session: Any, config: dict[str, Any], steps: list[torch.Tensor], batch: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return the logits [B, 1, V] behind each step, with padding ahead of a decoder's tokens."""
+    if config["model_type"] in PAIRS:
+        cache = session.open_cache(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return [session.decode(cache, decoder_input_ids=tokens) for tokens in steps]
+    cache, logits, total = session.open_cache(), [], 0
+    padding = torch.arange(len(LENGTHS)) * 4  # of 12 tokens the first 0, 4 and 8
+    for tokens in steps:
+        total += tokens.shape[1]
+        places = torch.arange(total) - padding.unsqueeze(1)
+        inputs = {"attention_mask": (places >= 0).long(), "position_ids": places[:, -tokens.shape[1] :].clamp(min=0)}
+        logits.append(session.decode(cache, input_ids=tokens, **inputs))
+    return logits
