@@ -1,8 +1,6 @@
 import json
 import math
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +11,10 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.tools import ladder, measure, opened
 from bigbatch.tools.model_card import Rung
 
-PROGRAMS = Path(__file__).parents[1] / "programs"
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    sys.path.insert(0, str(PROGRAMS))
-    try:
-        from tiny_models import write_run
-    finally:
-        sys.path.remove(str(PROGRAMS))
-    return write_run(tmp_path_factory.mktemp("ladder") / "run", "classify")
+def run(tiny_folder):
+    return tiny_folder("classify")[0]
 
 
 def rounded(source, partial):

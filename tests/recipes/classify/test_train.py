@@ -3,15 +3,14 @@
 BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/classify.json anew; say in the change why the losses are other ones.
 """
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from sklearn.metrics import accuracy_score, f1_score
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
 
 from bigbatch.recipes.classify import recipe
 from bigbatch.recipes.classify.config import ClassifyConfig
@@ -21,31 +20,25 @@ from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.tools.convert import convert
 
-STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 16, 3, 5e-3
+GLOBAL_SIZE, SEED, LEARNING_RATE = 16, 3, 5e-3
 BACKBONES = ("encoder", "attention", "rnn")
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
 
 
 @pytest.fixture(scope="module")
 def trained(run_program, make_document, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("classify")
-    plans = []
-
-    def add(name, document, *its_plans):
-        (out / f"{name}.json").write_text(json.dumps(document))
-        plans.extend((name, *plan) for plan in its_plans)
-
+    plans = Plans(out)
     for backbone in BACKBONES:
-        add(backbone, make_document(out, backbone), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
+        plans.add(backbone, make_document(out, backbone), *EVERY_PLAN)
     padded = make_document(out, data={"packing": False})
-    add("padded", padded, (1, 1, None))
+    plans.add("padded", padded, (1, 1, None))
     hard = {
         "objective": {"token_dropout": 0.2, "label_smoothing": 0.1, "class_weights": "balanced"},
         "model": {"freeze_layers": 1, "layer_decay": 0.7, "head_dropout": 0.1},
     }
-    add("resumed", make_document(out, **hard), (1, 1, 2), (2, 3, 2))
-    add("resumed_whole", make_document(out, **hard), (1, 1, None), (2, 3, None))
+    plans.add("resumed", make_document(out, **hard), (1, 1, 2), (2, 3, 2))
+    plans.add("resumed_whole", make_document(out, **hard), (1, 1, None), (2, 3, None))
     stopping = make_document(
         out,
         "attention",
@@ -54,30 +47,8 @@ def trained(run_program, make_document, tmp_path_factory):
         evaluate={"every_steps": 8, "best_by": "f1_macro", "patience": 2},
         checkpoint={"every_steps": 100, "keep": 1},
     )
-    add("stopping", stopping, (2, 1, None))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def rows(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
-    found = rows(out / f"{name}_{ranks}_{stage}", "train")
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in found]
-
-
-def opened(run_dir: Path) -> tuple[ClassifyConfig, recipe.DataSplits, torch.nn.Module]:
-    """Open a run's data and its best model."""
-    config = ClassifyConfig.model_validate_json((run_dir / "run.json").read_text())
-    data = recipe.open_data(config)
-    model = recipe.build_model(config, data.facts, initialize=False)
-    checkpoint.load_weights(run_dir, model)
-    return config, data, model.eval()
+    plans.add("stopping", stopping, (2, 1, None))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 import sacrebleu
 import torch
 import transformers
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, rows
 
 from bigbatch.launcher.preflight import check_run, has_errors
 from bigbatch.recipes.core import checkpoint
@@ -25,8 +26,7 @@ from bigbatch.recipes.dialogue.scores import distinct, most_similar_replies, rep
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 8, 3, 1e-2
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
+GLOBAL_SIZE, SEED, LEARNING_RATE = 8, 3, 1e-2
 TEA = [{"role": "user", "content": "How much is the tea on Monday?"}]
 
 
@@ -34,30 +34,14 @@ TEA = [{"role": "user", "content": "How much is the tea on Monday?"}]
 def trained(run_program, make_document, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("dialogue")
-    plans = []
-
-    def add(name, document, *its_plans):
-        (out / f"{name}.json").write_text(json.dumps(document))
-        plans.extend((name, *plan) for plan in its_plans)
-
-    add("plain", make_document(out), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
-    add("resumed", make_document(out, model={"dropout": 0.1}), (2, 3, 2))
-    add("resumed_whole", make_document(out, model={"dropout": 0.1}), (2, 3, None))
-    add("learning", make_document(out, schedule={"total_steps": 150}, evaluate={"every_steps": 150}), (1, 1, None))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def rows(run_dir, kind):
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(out, name, ranks, stage):
-    found = rows(out / f"{name}_{ranks}_{stage}", "train")
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in found]
+    plans = Plans(out)
+    plans.add("plain", make_document(out), *EVERY_PLAN)
+    plans.add("resumed", make_document(out, model={"dropout": 0.1}), (2, 3, 2))
+    plans.add("resumed_whole", make_document(out, model={"dropout": 0.1}), (2, 3, None))
+    plans.add(
+        "learning", make_document(out, schedule={"total_steps": 150}, evaluate={"every_steps": 150}), (1, 1, None)
+    )
+    return plans.train(run_program)
 
 
 def config_of(run_dir):

@@ -4,7 +4,6 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/extract.json anew; say in the change
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +11,17 @@ import rdflib
 import torch
 import transformers
 from seqeval.metrics import f1_score
+from trained_runs import STEPS, Plans, losses, opened, rows
 
-from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.recipes.extract import recipe
-from bigbatch.recipes.extract.config import EncoderBackboneSection, ExtractConfig
+from bigbatch.recipes.extract.config import EncoderBackboneSection
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 from bigbatch.tools.triples import main as triples
 
-STEPS = 5
 KINDS = [(task, backbone) for task in ("entities", "relations") for backbone in ("words", "encoder")]
 PLANS = [(ranks, stage) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
 MARKED = "In 1800 <e1>Bern</e1> is the birthplace of <e2>Ada</e2> again."
@@ -33,49 +31,22 @@ MARKED = "In 1800 <e1>Bern</e1> is the birthplace of <e2>Ada</e2> again."
 def trained(run_program, make_document, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("extract")
-    plans = []
-
-    def add(name, document, *its_plans):
-        (out / f"{name}.json").write_text(json.dumps(document))
-        plans.extend((name, *plan) for plan in its_plans)
-
+    plans = Plans(out)
     for task, backbone in KINDS:
         # Every plan of one, and of the others the two that are farthest apart.
         its_plans = PLANS if (task, backbone) == ("entities", "words") else [(1, 0), (2, 3)]
-        add(f"{task}_{backbone}", make_document(out, task, backbone), *((*plan, None) for plan in its_plans))
+        plans.add(f"{task}_{backbone}", make_document(out, task, backbone), *((*plan, None) for plan in its_plans))
     hard = {"objective": {"token_dropout": 0.2}, "model": {"dropout": 0.3, "feature_dropout": 0.2}}
     for name, stop in (("resumed", 2), ("resumed_whole", None)):
-        add(name, make_document(out, "entities", **hard), (2, 3, stop))
+        plans.add(name, make_document(out, "entities", **hard), (2, 3, stop))
     long = {"schedule": {"total_steps": 40}, "batch": {"global_size": 32, "micro_size": 8}}
     fast = {"optimizer": {"learning_rate": 2e-2}}
     for task, backbone in KINDS:
         changes = long | (fast if backbone == "words" else {})
         if (task, backbone) == ("relations", "encoder"):  # is converted, whatever it has learned
             changes = {"schedule": {"total_steps": 5}}
-        add(f"learned_{task}_{backbone}", make_document(out, task, backbone, **changes), (2, 1, None))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def rows(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
-    found = rows(out / f"{name}_{ranks}_{stage}", "train")
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in found]
-
-
-def opened(run_dir: Path) -> tuple[ExtractConfig, recipe.DataSplits, torch.nn.Module]:
-    """Open a run's data and its newest model."""
-    config = ExtractConfig.model_validate_json((run_dir / "run.json").read_text())
-    data = recipe.open_data(config)
-    model = recipe.build_model(config, data.facts, initialize=False)
-    checkpoint.load_weights(run_dir, model)
-    return config, data, model.eval()
+        plans.add(f"learned_{task}_{backbone}", make_document(out, task, backbone, **changes), (2, 1, None))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")

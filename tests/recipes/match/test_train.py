@@ -6,15 +6,14 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/match.json anew; say in the change w
 import io
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from scipy import stats
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
 
-from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.sampler import sample_order
@@ -26,8 +25,7 @@ from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 from bigbatch.tools.search import main as search
 
-STEPS, GROUPS, SEED, LEARNING_RATE, TEMPERATURE = 5, 4, 3, 5e-3, 0.05
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
+GROUPS, SEED, LEARNING_RATE, TEMPERATURE = 4, 3, 5e-3, 0.05
 FEW = ((1, 0), (2, 3))
 
 
@@ -35,46 +33,19 @@ FEW = ((1, 0), (2, 3))
 def trained(run_program, make_document, make_cross, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("match")
-    plans = []
-
-    def add(name, document, *its_plans):
-        (out / f"{name}.json").write_text(json.dumps(document))
-        plans.extend((name, *plan) for plan in its_plans)
-
-    add("bi", make_document(out), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
+    plans = Plans(out)
+    plans.add("bi", make_document(out), *EVERY_PLAN)
     words = {"encoder": None, "backbone": "words", "embedding_size": 32}
-    add("words", make_document(out, model=words), *((*plan, None) for plan in FEW))
-    add("cross", make_cross(out), *((*plan, None) for plan in FEW))
+    plans.add("words", make_document(out, model=words), *((*plan, None) for plan in FEW))
+    plans.add("cross", make_cross(out), *((*plan, None) for plan in FEW))
     hard = {"objective": {"token_dropout": 0.2}, "data": {"mining": {"count": 2}}, "model": {"layer_decay": 0.7}}
-    add("resumed", make_document(out, **hard), (2, 3, 2))
-    add("resumed_whole", make_document(out, **hard), (2, 3, None))
+    plans.add("resumed", make_document(out, **hard), (2, 3, 2))
+    plans.add("resumed_whole", make_document(out, **hard), (2, 3, None))
     longer = {"schedule": {"total_steps": 40}, "evaluate": {"every_steps": 20}}
-    add("learned", make_document(out, data={"test_fraction": 0.1, "group_size": 8}, **longer), (2, 1, None))
+    plans.add("learned", make_document(out, data={"test_fraction": 0.1, "group_size": 8}, **longer), (2, 1, None))
     shorter = {"schedule": {"total_steps": 20}, "evaluate": {"every_steps": 20}}
-    add("learned_scores", make_cross(out, **shorter), (2, 1, None))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def rows(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
-    found = rows(out / f"{name}_{ranks}_{stage}", "train")
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in found]
-
-
-def opened(run_dir: Path) -> tuple[MatchConfig, recipe.DataSplits, torch.nn.Module]:
-    """Open a run's data and its newest model."""
-    config = MatchConfig.model_validate_json((run_dir / "run.json").read_text())
-    data = recipe.open_data(config)
-    model = recipe.build_model(config, data.facts, initialize=False)
-    checkpoint.load_weights(run_dir, model)
-    return config, data, model.eval()
+    plans.add("learned_scores", make_cross(out, **shorter), (2, 1, None))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")

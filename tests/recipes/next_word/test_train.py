@@ -6,14 +6,13 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/next_word.json anew; say in the chan
 import itertools
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened
 
-from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
@@ -22,52 +21,28 @@ from bigbatch.recipes.next_word.config import NextWordConfig
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 8, 3, 0.02
+GLOBAL_SIZE, SEED, LEARNING_RATE = 8, 3, 0.02
 MODELS = ("lstm", "gru", "ngram")
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
 
 
 @pytest.fixture(scope="module")
 def trained(run_program, make_document, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("next_word")
-    plans = []
-
-    def add(name, document, *its_plans):
-        (out / f"{name}.json").write_text(json.dumps(document))
-        plans.extend((name, *plan) for plan in its_plans)
-
+    plans = Plans(out)
     for model in MODELS:
-        add(model, make_document(out, model), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
+        plans.add(model, make_document(out, model), *EVERY_PLAN)
     names = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
     dropout = make_document(out, "lstm", model=dict.fromkeys(names, 0.2))
-    add("resumed", dropout, (1, 1, 2), (2, 3, 2))
-    add("resumed_whole", dropout, (1, 1, None), (2, 3, None))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
-    lines = (out / f"{name}_{ranks}_{stage}" / "metrics.jsonl").read_text().splitlines()
-    found = [row for row in map(json.loads, lines) if row["kind"] == "train"]
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in found]
+    plans.add("resumed", dropout, (1, 1, 2), (2, 3, 2))
+    plans.add("resumed_whole", dropout, (1, 1, None), (2, 3, None))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")
 def golden(trained, kept_golden):
     """Return the losses that are kept, by model; write them first when asked to."""
     return kept_golden("next_word", lambda: {model: losses(trained, model, 1, 0) for model in MODELS})
-
-
-def opened(run_dir: Path) -> tuple[NextWordConfig, recipe.DataSplits, nn.Module]:
-    """Open a run's data and its model."""
-    config = NextWordConfig.model_validate_json((run_dir / "run.json").read_text())
-    data = recipe.open_data(config)
-    model = recipe.build_model(config, data.facts, initialize=False)
-    checkpoint.load_weights(run_dir, model)
-    return config, data, model.eval()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,12 +6,12 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/question_answering.json anew; say in
 import json
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
 
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
@@ -24,51 +24,23 @@ from bigbatch.recipes.question_answering.scores import word_f1
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 16, 3, 5e-3
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
+GLOBAL_SIZE, SEED, LEARNING_RATE = 16, 3, 5e-3
 
 
 @pytest.fixture(scope="module")
 def trained(run_program, make_document, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("question_answering")
-    plans = []
-
-    def add(name, document, *its_plans):
-        (out / f"{name}.json").write_text(json.dumps(document))
-        plans.extend((name, *plan) for plan in its_plans)
-
-    add("plain", make_document(out), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
+    plans = Plans(out)
+    plans.add("plain", make_document(out), *EVERY_PLAN)
     hard = {"objective": {"token_dropout": 0.2}, "model": {"freeze_layers": 1, "layer_decay": 0.7, "dropout": 0.1}}
-    add("resumed", make_document(out, **hard), (2, 3, 2))
-    add("resumed_whole", make_document(out, **hard), (2, 3, None))
+    plans.add("resumed", make_document(out, **hard), (2, 3, 2))
+    plans.add("resumed_whole", make_document(out, **hard), (2, 3, None))
     learning = make_document(
         out, schedule={"total_steps": 60}, batch={"global_size": 32, "micro_size": 8}, evaluate={"every_steps": 30}
     )
-    add("learning", learning, (2, 1, None))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def rows(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
-    found = rows(out / f"{name}_{ranks}_{stage}", "train")
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in found]
-
-
-def opened(run_dir: Path) -> tuple[QuestionAnsweringConfig, recipe.DataSplits, torch.nn.Module]:
-    """Open a run's data and its newest model."""
-    config = QuestionAnsweringConfig.model_validate_json((run_dir / "run.json").read_text())
-    data = recipe.open_data(config)
-    model = recipe.build_model(config, data.facts, initialize=False)
-    checkpoint.load_weights(run_dir, model)
-    return config, data, model.eval()
+    plans.add("learning", learning, (2, 1, None))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/summarize.json anew; say in the chan
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from pydantic import ValidationError
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
 
 from bigbatch.launcher.predict import count_parameters
-from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
@@ -26,67 +25,39 @@ from bigbatch.recipes.summarize.rouge import KINDS, Rouge
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 16, 3, 5e-3
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
+GLOBAL_SIZE, SEED, LEARNING_RATE = 16, 3, 5e-3
 
 
 @pytest.fixture(scope="module")
 def trained(run_program, make_document, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("summarize")
-    plans = []
-
-    def add(name, document, *its_plans):
-        (out / f"{name}.json").write_text(json.dumps(document))
-        plans.extend((name, *plan) for plan in its_plans)
-
-    add("plain", make_document(out), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
+    plans = Plans(out)
+    plans.add("plain", make_document(out), *EVERY_PLAN)
     hard = {
         "objective": {"loss": "listwise", "token_dropout": 0.2},
         "model": {"sentence_layers": 1, "freeze_layers": 1, "layer_decay": 0.7, "dropout": 0.1},
     }
-    add("resumed", make_document(out, **hard), (2, 3, 2))
-    add("resumed_whole", make_document(out, **hard), (2, 3, None))
+    plans.add("resumed", make_document(out, **hard), (2, 3, 2))
+    plans.add("resumed_whole", make_document(out, **hard), (2, 3, None))
     learning = make_document(
         out, schedule={"total_steps": 40}, batch={"global_size": 32, "micro_size": 8}, evaluate={"every_steps": 40}
     )
-    add("learning", learning, (2, 1, None))
+    plans.add("learning", learning, (2, 1, None))
     shape = {"family": "mbart", "num_encoder_layers": 1, "num_decoder_layers": 1, "hidden_size": 32, "num_heads": 4}
     shape |= {"max_positions": 64, "dropout": 0.0}
     write = {"backbone": "seq2seq", "shape": shape}
     document = make_document(out, search={"max_new_tokens": 16, "num_beams": 2})
     del document["summary"], document["data"]["oracle_sentences"]
     document["data"] |= {"sequence_length": 64, "summary_tokens": 12}
-    add("write", document | {"model": write}, (1, 0, None), (2, 2, None), (2, 3, None))
+    plans.add("write", document | {"model": write}, (1, 0, None), (2, 2, None), (2, 3, None))
     objective = {"token_dropout": 0.2, "label_smoothing": 0.1}
     hard = document | {"model": write | {"dropout": 0.1}, "objective": objective}
-    add("write_resumed", hard, (2, 1, 2))
-    add("write_whole", hard, (2, 1, None))
+    plans.add("write_resumed", hard, (2, 1, 2))
+    plans.add("write_whole", hard, (2, 1, None))
     learning = {"model": write, "schedule": {"name": "constant", "total_steps": 80}, "evaluate": {"every_steps": 80}}
-    add("write_learning", document | learning, (1, 1, None))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def rows(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
-    found = rows(out / f"{name}_{ranks}_{stage}", "train")
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in found]
-
-
-def opened(run_dir: Path) -> tuple[SummarizeConfig, recipe.DataSplits, torch.nn.Module]:
-    """Open a run's data and its newest model."""
-    config = SummarizeConfig.model_validate_json((run_dir / "run.json").read_text())
-    data = recipe.open_data(config)
-    model = recipe.build_model(config, data.facts, initialize=False)
-    checkpoint.load_weights(run_dir, model)
-    return config, data, model.eval()
+    plans.add("write_learning", document | learning, (1, 1, None))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")

@@ -4,27 +4,23 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/transcribe.json anew; say in the cha
 """
 
 import json
-from pathlib import Path
 
 import jiwer
 import numpy as np
 import pytest
 import soundfile
 import torch
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
 
-from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.transcribe import recipe
-from bigbatch.recipes.transcribe.config import TranscribeConfig
 from bigbatch.recipes.transcribe.decoding import Language, best_path
 from bigbatch.tools.convert import convert
 from bigbatch.tools.opened import open_model
 from bigbatch.tools.predict import main as predict
 
-STEPS = 5
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
 AUGMENT = {"speeds": [0.9, 1.1], "gain_decibels": 6.0, "time_masks": 1, "band_masks": 1, "band_mask_width": 3}
 
 
@@ -32,42 +28,15 @@ AUGMENT = {"speeds": [0.9, 1.1], "gain_decibels": 6.0, "time_masks": 1, "band_ma
 def trained(run_program, make_document, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("transcribe")
-    plans = []
-
-    def add(name, document, *its_plans):
-        (out / f"{name}.json").write_text(json.dumps(document))
-        plans.extend((name, *plan) for plan in its_plans)
-
-    add("plain", make_document(out), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
+    plans = Plans(out)
+    plans.add("plain", make_document(out), *EVERY_PLAN)
     hard = {"augment": AUGMENT, "data": {"concatenate": {"most": 3}}, "model": {"cell": "lstm", "num_layers": 2}}
     hard["model"]["dropout"] = 0.1
-    add("resumed", make_document(out, **hard), (2, 3, 2))
-    add("resumed_whole", make_document(out, **hard), (2, 3, None))
+    plans.add("resumed", make_document(out, **hard), (2, 3, 2))
+    plans.add("resumed_whole", make_document(out, **hard), (2, 3, None))
     settings = {"schedule": {"total_steps": 70}, "evaluate": {"every_steps": 70}, "data": {"concatenate": {"most": 2}}}
-    add("learning", make_document(out, **settings, decode={"beam_size": 4, "ngram_order": 2}), (2, 1, None))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def rows(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
-    found = rows(out / f"{name}_{ranks}_{stage}", "train")
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in found]
-
-
-def opened(run_dir: Path) -> tuple[TranscribeConfig, recipe.DataSplits, recipe.Transcriber]:
-    """Open a run's data and its newest model."""
-    config = TranscribeConfig.model_validate_json((run_dir / "run.json").read_text())
-    data = recipe.open_data(config)
-    model = recipe.build_model(config, data.facts, initialize=False)
-    checkpoint.load_weights(run_dir, model)
-    return config, data, model.eval()
+    plans.add("learning", make_document(out, **settings, decode={"beam_size": 4, "ngram_order": 2}), (2, 1, None))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/translate.json anew; say in the chan
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +13,9 @@ import tokenizers
 import torch
 import transformers
 from scipy import stats
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
 
 from bigbatch.launcher.preflight import check_run
-from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
@@ -28,7 +27,6 @@ from bigbatch.recipes.translate.config import TranslateConfig
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-STEPS, STAGES, RANKS = 5, (0, 1, 2, 3), (1, 2)
 RATED = {"target_column": "translation", "score_column": "score"}
 
 
@@ -36,18 +34,13 @@ RATED = {"target_column": "translation", "score_column": "score"}
 def trained(run_program, make_document, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("translate")
-    plans = []
-
-    def add(name, document, *its_plans):
-        (out / f"{name}.json").write_text(json.dumps(document))
-        plans.extend((name, *plan) for plan in its_plans)
-
-    add("plain", make_document(out), *((ranks, stage, None) for ranks in RANKS for stage in STAGES))
+    plans = Plans(out)
+    plans.add("plain", make_document(out), *EVERY_PLAN)
     dropout = {"model": {"dropout": 0.2}}
-    add("resumed", make_document(out, **dropout), (2, 3, 2))
-    add("resumed_whole", make_document(out, **dropout), (2, 3, None))
+    plans.add("resumed", make_document(out, **dropout), (2, 3, 2))
+    plans.add("resumed_whole", make_document(out, **dropout), (2, 3, None))
     learning = make_document(out, schedule={"total_steps": 120}, data={"test_fraction": 0.1})
-    add("learning", learning, (1, 0, None))
+    plans.add("learning", learning, (1, 0, None))
     rows = [
         {"source": f"{word} {word}", "translation": word * (1 + number % 3), "score": number % 3 / 2}
         for number, word in enumerate(f"a{number}" for number in range(200))
@@ -55,30 +48,8 @@ def trained(run_program, make_document, tmp_path_factory):
     (out / "rated.jsonl").write_text("\n".join(map(json.dumps, rows)))
     judging = make_document(out, model={"head": "quality"}, data={"train": [str(out / "rated.jsonl")], **RATED})
     del judging["search"]
-    add("quality", {**judging, "schedule": {"total_steps": 40, "name": "constant"}}, (1, 0, None), (2, 3, None))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def rows(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(out: Path, name: str, ranks: int, stage: int, steps: int = STEPS) -> list[float]:
-    found = rows(out / f"{name}_{ranks}_{stage}", "train")
-    assert [row["step"] for row in found][:steps] == list(range(1, steps + 1))
-    return [row["loss"] for row in found][:steps]
-
-
-def opened(run_dir: Path) -> tuple[TranslateConfig, recipe.DataSplits, torch.nn.Module]:
-    """Open a run's data and its newest model."""
-    config = TranslateConfig.model_validate_json((run_dir / "run.json").read_text())
-    data = recipe.open_data(config)
-    model = recipe.build_model(config, data.facts, initialize=False)
-    checkpoint.load_weights(run_dir, model)
-    return config, data, model.eval()
+    plans.add("quality", {**judging, "schedule": {"total_steps": 40, "name": "constant"}}, (1, 0, None), (2, 3, None))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")
