@@ -26,6 +26,7 @@ CONFIDENCE = 0.95
 WARM_UP_CALLS = 3
 LEAST_CALLS, MOST_CALLS, MOST_SECONDS = 10, 200, 4.0  # that a latency comes from
 PROMPT_TOKENS = NEW_TOKENS = 32
+GIVEN = ("labels", "lefts", "rights", "rows", "splits")  # arrays that say which sample a row is, or what is right
 ANSWERS_FILE, RESULT_FILE = "answers.npz", "measured.json"
 
 
@@ -180,10 +181,10 @@ def _judge(opened: Any, data: Any, samples: Any, ids: np.ndarray) -> Judged:
     joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
     if joined:
         figures = recipe.figures(config, facts, joined, False)
-        name = config.evaluate.best_by if config.evaluate.best_by in figures else recipe.figure_names(config, facts)[0]
+        main = (*(further(recipe, "MAIN_FIGURES") or ()), *recipe.figure_names(config, facts))
+        name = next(name for name in main if name in figures)
         interval = _interval(len(next(iter(joined.values()))), _figure_of_rows(recipe, config, facts, joined, name))
-        chosen = [rows.argmax(-1) for rows in joined.values() if rows.ndim > 1 and rows.dtype.kind == "f"]
-        return Judged(Figure(name, float(figures[name]), *interval), _numbers(figures), chosen[0] if chosen else None)
+        return Judged(Figure(name, float(figures[name]), *interval), _numbers(figures), _choices(joined))
     pairs = np.array(losses)
 
     def of_rows(rows: np.ndarray) -> dict[str, float]:
@@ -191,10 +192,21 @@ def _judge(opened: Any, data: Any, samples: Any, ids: np.ndarray) -> Judged:
         return {**recipe.metrics(loss), "loss": loss}
 
     figures = of_rows(np.arange(len(pairs)))
-    name = "perplexity" if "perplexity" in figures else next(iter(figures))
-    interval = _interval(len(pairs), lambda rows: of_rows(rows)[name])
-    found = np.concatenate([row[row >= 0] for row in choices]) if choices and choices[0] is not None else None
-    return Judged(Figure(name, figures[name], *interval), figures, found)
+    name = next(iter(figures))
+    figure = Figure(name, figures[name], *_interval(len(pairs), lambda rows: of_rows(rows)[name]))
+    write = further(recipe, "generated_figures")
+    if write and not recipe.metrics(1.0):  # a loss alone says little: what is written for the whole split says more
+        written = _numbers(write(config, facts, model, samples))
+        name = next((name for name in further(recipe, "MAIN_FIGURES") or () if name in written), next(iter(written)))
+        figures, figure = {**written, **figures}, Figure(name, written[name], None, None)
+    return Judged(figure, figures, np.concatenate(choices) if any(map(len, choices)) else None)
+
+
+def _choices(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Return which answers a model has chosen: places and tags as they are, of probabilities the likeliest."""
+    own = [rows for name, rows in arrays.items() if name not in GIVEN]
+    places = [rows for rows in own if rows.dtype.kind == "i"]
+    return next(iter([*places, *(rows.argmax(-1) for rows in own if rows.ndim > 1)]), None)
 
 
 def _figure_of_rows(recipe: Any, config: Any, facts: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
@@ -218,7 +230,7 @@ def _interval(count: int, figure: Callable[[np.ndarray], float]) -> tuple[float 
     generator = np.random.default_rng(0)
     try:
         found = [figure(np.sort(generator.permutation(count)[: max(1, count // 2)])) for _ in range(HALVES)]
-    except KeyError:  # a ranking needs every document
+    except (KeyError, ValueError):  # a ranking needs every document
         return None, None
     low, high = np.percentile(found, (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)))
     return float(low), float(high)
@@ -227,8 +239,9 @@ def _interval(count: int, figure: Callable[[np.ndarray], float]) -> tuple[float 
 def _next_tokens(model: Any, batch: dict[str, Any]) -> np.ndarray:
     """Return the likeliest token at each place that counts, in order."""
     logits = model(**{name: value for name, value in batch.items() if name != "labels"})
-    counts = batch["labels"] >= 0
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)[counts].cpu().numpy()
+    if logits.shape[:-1] != batch["labels"].shape:  # of the last words alone
+        return np.zeros(0, np.int64)
+    return logits.argmax(-1)[batch["labels"] >= 0].cpu().numpy()
 
 
 def _latency(opened: Any, samples: Any, ids: np.ndarray) -> tuple[dict[str, tuple[float, float]], str]:

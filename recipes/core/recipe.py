@@ -139,6 +139,10 @@ class Further(Protocol):
         """Return FIELDS where they depend on the configuration; () for one text."""
         ...
 
+    MAIN_FIGURES: tuple[str, ...]
+    """What stands for the task, the first that there is; else it is the first of all figures."""
+    WHOLE_SPLIT: bool
+    """Several samples of a split are judged as one (the windows of a text, a ranking), so that none may be left out."""
     READS_FILES: bool
     """An input of `predictor` is the path of a file."""
 

@@ -49,6 +49,8 @@ ARCHITECTURE = "ForTokenClassification"
 MODEL_FACTS = ("labels",)
 """What is of the model though no weight."""
 NOT_INPUTS = ("rows", "begins", "splits")  # of a batch, what the model does not take
+WHOLE_SPLIT = True
+MAIN_FIGURES = ("f1", "relation_f1")
 
 
 def prepare(config: ExtractConfig) -> Path:

@@ -33,6 +33,8 @@ ARCHITECTURE = "BertModel"
 FIELDS = ("left", "right")
 """What an input of the predictor consists of."""
 TEXTS_AT_ONCE = 64
+WHOLE_SPLIT = True
+MAIN_FIGURES = ("spearman", "ndcg@10")
 
 
 def prepare(config: MatchConfig) -> Path:

@@ -43,6 +43,8 @@ THRESHOLD = "null_threshold"
 MODEL_FACTS = (THRESHOLD, "has_null")
 """What is of the model though no weight."""
 BOOTSTRAP_SAMPLES = 1000
+WHOLE_SPLIT = True
+MAIN_FIGURES = ("f1",)
 
 
 def prepare(config: QuestionAnsweringConfig) -> Path:

@@ -24,6 +24,7 @@ from bigbatch.recipes.summarize.rouge import KINDS
 
 FIELDS = ("document",)
 """What an input of the predictor consists of."""
+WHOLE_SPLIT = True
 
 
 def prepare(config: SummarizeConfig) -> Path:

@@ -30,6 +30,7 @@ ARCHITECTURE = ("MarianMTModel", "BartForConditionalGeneration")
 """How the names of transformers' classes of this kind end."""
 INPUTS = ("tokens", "written", "labels", "documents", "target_documents")  # of a batch, what the model takes
 SHOWN_TRANSLATIONS = 3
+MAIN_FIGURES = ("bleu", "spearman")
 
 
 def prepare(config: TranslateConfig) -> Path:
