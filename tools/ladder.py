@@ -153,7 +153,7 @@ def calibration(source: Source, num_samples: int, seed: int, run: Path | None = 
     """
     options = Options(split="train", run=str(run.absolute()) if run else None)
     _, _, samples = open_samples(source, options)
-    if samples.num_samples < max(num_samples, LEAST_CALIBRATION):
+    if not LEAST_CALIBRATION <= num_samples <= samples.num_samples:
         message = (
             f"found {num_samples}; {samples.num_samples} training samples are there, {LEAST_CALIBRATION} are the least"
         )

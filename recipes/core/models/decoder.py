@@ -483,9 +483,10 @@ def hugging_face_state(model: Decoder) -> dict[str, torch.Tensor]:
 def section_from_hugging_face(config: dict[str, Any]) -> DecoderSection:
     """Describe a folder's model by its config.json; raise UserError for what the native families do not have."""
     kind = config.get("model_type")
-    if kind not in _FIELDS:
-        raise UserError("config.json", f"model_type is {kind!r}; the native ones are {', '.join(_FIELDS)}")
-    family: Any = "gpt2" if kind == "gpt2" else "llama"
+    if kind not in _FIELDS or (kind == "opt" and "quantization_config" not in config):
+        native = [name for name in _FIELDS if name != "opt"]
+        raise UserError("config.json", f"model_type is {kind!r}; the native ones are {', '.join(native)}")
+    family: Any = "gpt2" if kind in ("gpt2", "opt") else "llama"
     for key, allowed in _FIXED[kind].items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError("config.json", f"{key} is {config[key]!r}; the native {kind} has {allowed[0]!r}")
@@ -569,6 +570,15 @@ _FIELDS = {
     },
 }
 _FIELDS["mixtral"] = _FIELDS["llama"] | {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+# `bigbatch quantize` writes a GPT-2 so: the same function, by linear layers. It is described here, not loaded.
+_FIELDS["opt"] = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "feed_forward_size": "ffn_dim",
+    "max_positions": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+}
 _KEYS = {"key_value_heads": "num_key_value_heads", "inner_size": "feed_forward_size"}  # of the run document
 # What config.json may say where our families have no choice; the first is what a missing key means.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -579,6 +589,7 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "reorder_and_upcast_attn": (False,),
         "add_cross_attention": (False,),
     },
+    "opt": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "do_layer_norm_before": (True,)},
     "llama": {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
     "mixtral": {"hidden_act": ("silu",), "sliding_window": (None,), "router_jitter_noise": (0, 0.0)},
 }

@@ -1,0 +1,76 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from bigbatch.launcher import cli
+from bigbatch.recipes.core.errors import UserError
+from bigbatch.tools import measure, opened
+from bigbatch.tools.quantize import main
+
+
+def quantize(model, out, *arguments):
+    return main([str(model), str(out), "--no-measure", "--calibration-samples", "8", *arguments])
+
+
+def loss_of(model):
+    """Return the mean loss of the first training samples by the recipe's own code."""
+    whole = opened.open_model(model)
+    _, _, samples = measure.open_samples(whole, measure.Options(split="train"))
+    ids = np.arange(8)
+    batch = {name: torch.from_numpy(array) for name, array in samples.batch(ids, np.zeros_like(ids)).items()}
+    with torch.inference_mode():
+        found = whole.recipe.loss(whole.model, batch)
+    return float(found.sum) / found.num_targets
+
+
+def record_of(folder):
+    return json.loads((folder / "deployment.json").read_text())["rungs"][-1]["record"]
+
+
+@pytest.mark.parametrize("kind", ["gpt_gpt2", "entities", "translate", "classify_images"])
+def test_each_kind_of_model_is_quantized_and_judged_by_its_recipe(tiny_folder, kind, tmp_path):
+    run, folder = tiny_folder(kind)
+    assert quantize(folder, tmp_path / "out", "--method", "int8_weight") == 0
+    assert loss_of(tmp_path / "out") == pytest.approx(loss_of(run), rel=0.02)
+
+
+def test_the_worst_layers_stay_and_all_is_recorded(tiny_folder, tmp_path, capsys):
+    run, _ = tiny_folder("gpt_llama")
+    arguments = ("--method", "int4_weight", "--sensitivity", "--keep-worst", "1", "--keep", "*.0.mlp.down_proj")
+    assert quantize(run, tmp_path / "out", *arguments) == 0
+    told = capsys.readouterr().err
+    assert "made for vLLM on GPUs" in told
+    record = record_of(tmp_path / "out")
+    worst = record["sensitivity"][0]
+    header = next(line for line in told.splitlines() if line.startswith("layer "))
+    assert told.split(header)[1].strip().startswith(worst["layer"])
+    assert {worst["layer"], "model.layers.0.mlp.down_proj"} <= set(record["kept_layers"])
+    assert record["quantized_layers"] == 14 - len(record["kept_layers"])
+    assert record["group_size"] == 32 and record["method"] == "int4_weight"
+    with pytest.raises(UserError, match="is quantized already"):
+        quantize(tmp_path / "out", tmp_path / "twice", "--method", "nf4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("--method", "int3"),
+            "invalid choice: 'int3' (choose from 'int8_dynamic', 'int8_weight', 'int4_weight', 'nf4'",
+        ),
+        (("--method", "nf4", "--group-size", "32"), "--group-size: has no effect on nf4"),
+        (("--method", "int8_weight", "--keep", "*"), "--keep: leaves none of 13 layers"),
+        (("--method", "awq_w4a16"), "is a 'bert'; awq_w4a16 moves scales into the norms ahead of layers"),
+        (("--method", "gptq_w4a16", "--calibration-samples", "4"), "--calibration-samples: found 4"),
+        (("--method", "gptq_w4a16", "--calibration-samples", "4000"), "--calibration-samples: found 4000"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_and_nothing_is_written(tiny_folder, arguments, said, tmp_path, capsys):
+    folder = tiny_folder("classify")[1]
+    arguments = ("quantize", str(folder), str(tmp_path / "out"), "--no-measure", *arguments)
+    assert cli.main(list(arguments)) == 2
+    told = capsys.readouterr().err
+    assert said.replace("'", "") in told.splitlines()[-1].replace("'", "")
+    assert not list(tmp_path.iterdir())

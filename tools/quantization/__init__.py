@@ -1,0 +1,1 @@
+"""What `bigbatch quantize` consists of."""
