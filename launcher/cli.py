@@ -415,6 +415,7 @@ TOOLS = {
     "convert": ("convert", "Turn a run's checkpoint into a Hugging Face folder, compared before it counts as done."),
     "export": ("export", "Write a model for another engine: ONNX, LiteRT, ExecuTorch or llama.cpp."),
     "quantize": ("quantize", "Store a model in 8 or 4 bits, measured before and after."),
+    "prune": ("prune", "Take weights out of a model, and train it on."),
     "import-deepspeed": ("import_deepspeed", "Turn a checkpoint of DeepSpeed's own into a safetensors folder."),
     "serve": ("serve", "Answer HTTP requests with a model; as OpenAI's API where it writes text."),
     "report": ("report", "Write one HTML page about one run or several."),

@@ -2,7 +2,8 @@
 
 One untrained model, saved by this project and by DeepSpeed's own save_checkpoint, is converted by both in fresh
 processes that take turns. Seconds are of the whole process, with what it imports; ours writes a Hugging Face folder,
-DeepSpeed's a pickle. The comparison with transformers' own model, which belongs to the verb, is in a row of its own.
+DeepSpeed's a pickle that is not synced to disk. The whole verb, which is, and which compares with transformers' own
+model, has rows of its own.
 Memory is what lies above a bare interpreter with torch imported. Quoted are medians, and medians of the rounds' ratios.
 """
 

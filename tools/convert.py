@@ -248,8 +248,28 @@ def _read_mixture(weights: WeightFolder, name: str) -> torch.Tensor:
     )
 
 
+class _State(NamedTuple):
+    """Tensors in memory, read as those of a checkpoint are."""
+
+    state: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        return {name: {"shape": tuple(tensor.shape)} for name, tensor in self.state.items()}
+
+    def read_into(self, name: str, kind: str, start: int, target: torch.Tensor) -> None:
+        target.copy_(self.state[name].flatten()[start : start + target.numel()])
+
+
+def write_state(
+    folder: Path, state: dict[str, torch.Tensor], table: dict[str, list[Piece]], dtype: torch.dtype
+) -> None:
+    """Write the weights of a model in memory, by the names of its parameters, as a Hugging Face folder holds them."""
+    _write_weights(folder, _State(state), table, dtype, DEFAULT_SIZES)
+
+
 def _write_weights(
-    folder: Path, reader: Reader, table: dict[str, list[Piece]], dtype: torch.dtype, sizes: Sizes
+    folder: Path, reader: Reader | _State, table: dict[str, list[Piece]], dtype: torch.dtype, sizes: Sizes
 ) -> None:
     """Write model.safetensors, or shards with their index."""
     shapes = {name: tuple(reader.tensors[name]["shape"]) for name in table}
@@ -276,7 +296,9 @@ def _entry(piece: Piece, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
     return Entry(piece.name, dtype, piece_shape(piece, shape))
 
 
-def _parts(reader: Reader, name: str, piece: Piece, dtype: torch.dtype, max_ram: int) -> Iterator[torch.Tensor]:
+def _parts(
+    reader: Reader | _State, name: str, piece: Piece, dtype: torch.dtype, max_ram: int
+) -> Iterator[torch.Tensor]:
     """Yield a piece's elements in order, a window of rows at a time; a transposed one has to be read whole."""
     shape = reader.tensors[name]["shape"]
     row_elements = math.prod(shape[1:])

@@ -91,7 +91,7 @@ def climb(verb: str, arguments: argparse.Namespace, make: Callable[[Source, Path
         partial = scratch / "made"
         partial.mkdir()
         made = make(source, partial)
-        _carry(source.path, partial)
+        carry(source.path, partial)
         rung = _measured(verb, source, partial, scratch, made, None if arguments.no_measure else options)
         rungs = [*_rungs_of(source.path), rung]
         described = {key: value for key, value in made.items() if key != "record"}
@@ -163,7 +163,7 @@ def calibration(source: Source, num_samples: int, seed: int, run: Path | None = 
     return [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
 
 
-def _carry(source: Path, partial: Path) -> None:
+def carry(source: Path, partial: Path) -> None:
     """Copy what belongs to a model folder and has not been made anew."""
     for name in (*CARRIED, *TOKENIZER_FILES, *_further_files(source)):
         if (source / name).is_file() and not (partial / name).exists():

@@ -70,6 +70,12 @@ def print_table(rungs: list[Rung]) -> None:
     Console(width=None if console.is_terminal else TERMINAL_WIDTH).print(table)
     for note in _notes(rungs):
         print(note)
+    for rung in rungs:
+        if curve := _curve(rung):
+            table = Table(*_CURVE, box=None, pad_edge=False, title=f"{rung.verb} at other ratios", title_justify="left")
+            for _, row in curve:
+                table.add_row(*row)
+            Console(width=None if console.is_terminal else TERMINAL_WIDTH).print(table)
 
 
 def write_card(folder: Path, source: Any, rungs: list[Rung]) -> None:
@@ -84,7 +90,18 @@ def write_card(folder: Path, source: Any, rungs: list[Rung]) -> None:
     columns = _columns(rungs)
     lines += ["## Measured", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(row)} |" for row in _rows(rungs)]
-    lines += ["", *_notes(rungs), "", "## How it was made", ""]
+    lines += ["", *_notes(rungs)]
+    for rung in rungs:
+        if curve := _curve(rung):
+            lines += [
+                "",
+                f"## {rung.verb} at other ratios",
+                "",
+                f"| {' | '.join(_CURVE)} |",
+                f"|{'---|' * len(_CURVE)}",
+            ]
+            lines += [f"| {' | '.join(row)} |" for _, row in curve]
+    lines += ["", "## How it was made", ""]
     for rung in rungs:
         lines += [f"- `{rung.verb}`: {_told(rung.record)}"]
     (folder / "model_card.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -104,11 +121,12 @@ def write_report(folder: Path, source: Any, rungs: list[Rung]) -> None:
         )
     )
     title = f"{source.recipe_name}: {', '.join(rung.name for rung in rungs)}"
+    curves = "".join(_curve_section(rung) for rung in rungs)
     content = (
         f'<header><p class="eyebrow">bigbatch, from checkpoint to deployment</p><h1>{html.escape(title)}</h1></header>'
         f'<main><section><div class="charts">{pictures}</div></section>'
         f'<section><h2>Measured</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
-        f"</table></div>{notes}</section><section><h2>How it was made</h2><ul>{made}</ul></section></main>"
+        f"</table></div>{notes}</section>{curves}<section><h2>How it was made</h2><ul>{made}</ul></section></main>"
     )
     (folder / "report.html").write_text(page(title, content), encoding="utf-8")
 
@@ -120,6 +138,40 @@ def _points(rungs: list[Rung]) -> list[tuple[str, Measurement]]:
         return []
     begin = [("as it was", measured[0].before)]
     return [(name, one) for name, one in [*begin, *((rung.name, rung.after) for rung in measured)] if one is not None]
+
+
+_CURVE = ("ratio", "figure (95 %)", "parameters", "MB", "ms, batch 1 (p95)")
+
+
+def _curve(rung: Rung) -> list[tuple[tuple[str, Measurement], list[str]]]:
+    """Return points and rows of a rung that was done at several ratios, by ratio; 0 is the model before it."""
+    record, before, after = rung.record, rung.before, rung.after
+    if not record.get("curve") or before is None or after is None:
+        return []
+    found = [(one["ratio"], one["parameters"], read_measurement(one["measured"])) for one in record["curve"]]
+    found += [(0.0, record["parameters_before"], before), (record["ratio"], record["parameters"], after)]
+    points = []
+    for ratio, parameters, one in sorted(found, key=lambda point: point[0]):
+        _, figure, _, size, _, latency, _ = _row("", one, None)
+        points.append(((f"{ratio:.0%}", one), [f"{ratio:g}", figure, f"{parameters:,}", size, latency]))
+    return points
+
+
+def _curve_section(rung: Rung) -> str:
+    """Return a table and pictures of the curve for a page."""
+    curve = _curve(rung)
+    if not curve:
+        return ""
+    head = "".join(f"<th>{name}</th>" for name in _CURVE)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for _, row in curve)
+    ratios = {id(one): 100 * float(row[0]) for (_, one), row in curve}
+    points = [point for point, _ in curve]
+    pictures = _picture("Quality and ratio", "% taken out", points, lambda one: ratios[id(one)])
+    pictures += _picture("Quality and size", "MB", points, lambda one: one.num_bytes / 1e6)
+    return (
+        f'<section><h2>{html.escape(rung.verb)} at other ratios</h2><div class="charts">{pictures}</div>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
+    )
 
 
 def _columns(rungs: list[Rung]) -> list[str]:

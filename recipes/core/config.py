@@ -275,6 +275,8 @@ class OptimizerSection(Section):
     """sgd only."""
     gradient_clipping: PositiveFloat | None = 1.0
     """Largest global 2-norm of the gradient."""
+    keep_zeros: bool = False
+    """Weights of matrices that are 0 at the first step stay 0, so that a pruned model recovers and stays pruned."""
 
 
 class ScheduleSection(Section):

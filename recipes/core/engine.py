@@ -95,6 +95,10 @@ class Engine:
         self.before_change: Callable[[], None] = lambda: None
         """Called before masters or optimizer state change, several times a step."""
         self.optimizer.register_step_pre_hook(lambda *_: self.before_change())
+        if config.optimizer.keep_zeros:
+            self._zeros: list[torch.Tensor] = []
+            self.optimizer.register_step_pre_hook(self._note_zeros)
+            self.optimizer.register_step_post_hook(self._restore_zeros)
         self.local = LocalSgd(config, mesh, self.fragments, self.write_back) if is_local else None
         """What a rank that trains alone has of the others."""
         if isinstance(self.optimizer, Lamb):
@@ -253,6 +257,18 @@ class Engine:
                 parameter.grad = None  # the update passes over it
         elif self.config.optimizer.gradient_clipping:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.gradient_clipping, norm)
+
+    def _note_zeros(self, *_: Any) -> None:
+        """Remember before the first step, when a checkpoint has been restored, which masters are 0."""
+        if not self._zeros:
+            self._zeros = [piece.master == 0 for piece in self._matrices()]
+
+    def _restore_zeros(self, *_: Any) -> None:
+        for piece, is_zero in zip(self._matrices(), self._zeros, strict=True):
+            piece.master.masked_fill_(is_zero, 0)
+
+    def _matrices(self) -> list[Fragment]:
+        return [piece for piece in self.fragments() if len(piece.shape) > 1]
 
     def _total_norm(self, parameters: list[torch.Tensor]) -> torch.Tensor:
         """Return the 2-norm of the gradients over all tensor or expert ranks."""

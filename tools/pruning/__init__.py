@@ -1,0 +1,1 @@
+"""Ways to take weights out of a model; `bigbatch prune` chooses among them."""
