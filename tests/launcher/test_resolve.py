@@ -52,6 +52,7 @@ def test_a_minimal_document_gets_every_default(small):
         "weight_decay": 0.0,
         "momentum": 0.0,
         "gradient_clipping": 1.0,
+        "keep_zeros": False,
     }
     assert resolved.deepspeed == {}
 
