@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bigbatch.recipes.core.arguments import count
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.tools import ladder
 
@@ -22,10 +23,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--opset", type=int, metavar="N", help="onnx: the operator set (default: the least that will do)"
     )
-    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="litert, executorch: of a text")
+    lengths = "litert, executorch: texts are padded to the next of these (litert: 32, 128 and 512, executorch: any)"
+    parser.add_argument("--lengths", type=count, nargs="+", metavar="TOKENS", help=lengths)
     arguments = parser.parse_args(argv)
     if arguments.opset is not None and arguments.format != "onnx":
         raise UserError("--opset", f"says nothing of {arguments.format}; it is of onnx")
+    if arguments.lengths and arguments.format not in ("litert", "executorch"):
+        raise UserError("--lengths", f"says nothing of {arguments.format}, which takes any")
     exporter = open_exporter(arguments.format)
     arguments.precision = arguments.precision or exporter.PRECISIONS[0]
     if arguments.precision not in exporter.PRECISIONS:

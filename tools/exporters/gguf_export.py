@@ -54,6 +54,7 @@ def make(source: Any, partial: Path, options: argparse.Namespace) -> dict[str, A
     write_gguf(source.path, file, options.precision)
     session = LlamaSession(file, getattr(options, "threads", None))
     record = compare(source.path, session) | {"tokenizer_agrees": _check_tokenizer(source.path, session)}
+    record["name"] = f"gguf {options.precision}"
     session.close()
     # A token on the edge between two experts may get the other one, whose logits are far off.
     has_experts = "num_local_experts" in read_json(source.path / "config.json")
