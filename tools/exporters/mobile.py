@@ -49,7 +49,13 @@ def export(
         message = f"not exported: outputs differ from transformers' own by {difference:.1%} of the largest"
         raise UserError(str(source), message)
     del layout["settings"]
-    return {"format": name, "file": file, "precision": options.precision, **layout, "record": {"name": f"{name} {options.precision}", **record}}
+    return {
+        "format": name,
+        "file": file,
+        "precision": options.precision,
+        **layout,
+        "record": {"name": f"{name} {options.precision}", **record},
+    }
 
 
 def _lengths(settings: dict[str, Any], options: argparse.Namespace, static: bool) -> list[int]:
