@@ -37,11 +37,8 @@ WINDOW_BYTES = 16 * 2**20
 """Read, cast and written at a time, where --max-ram allows so much; larger ones are not faster."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TRANSFORMERS, OWN = "transformers' own", "this project's own"
-UNCUT = {"pixels": "numbers", "samples": "samples", "lengths": ""}
-"""Inputs that are taken whole, and what is counted of them."""
 # Of the inputs, ours and transformers'.
 NAMES = {"tokens": "input_ids", "written": "decoder_input_ids", "segments": "token_type_ids", "pixels": "pixel_values"}
-NAMES |= {"samples": "samples", "lengths": "lengths"}
 # In memory they name their layers otherwise than in files, or make tensors themselves.
 WHOLE = ("AutoModelForImageClassification", "AutoModelForSeq2SeqLM")
 PARITY_SAMPLES = 2
@@ -140,7 +137,7 @@ def open_run(run_dir: Path) -> tuple[Reader, Any, Any]:
         raise UserError(str(run_dir), "is a Hugging Face folder already; right is a run folder or a checkpoint")
     reader = open_checkpoint(run_dir)
     document = reader.manifest["run"]
-    config = recipes.find_config(document["recipe"]).model_validate_json(json.dumps(document))
+    config = recipes.read_config(document, str(run_dir))
     return reader, recipes.find(document["recipe"]), config
 
 
@@ -201,8 +198,8 @@ def _compare_own(
         for parameter in ours.parameters():
             parameter.copy_(parameter.to(dtype))
         (found, *_), (expected, *_) = written(**inputs), ours(**inputs)
-    first, array = next(iter(text.items()))
-    return Parity(float((found - expected).abs().max()), float(expected.abs().max()), array.size, UNCUT[first], OWN)
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    return Parity(difference, largest, text["samples"].size, "samples", OWN)
 
 
 def _logits(output: Any) -> torch.Tensor:
@@ -346,12 +343,16 @@ def write_text(path: Path, content: Any) -> None:
 
 
 def _real_text(recipe: Any, config: Any) -> dict[str, np.ndarray]:
-    """Return tokens and segments [B, T], or pixels [B, C, S, S], of a few validation samples, else training ones."""
+    """Return what models take of a few validation samples, else training ones: tokens, pixels, or sound."""
     data = recipe.open_data(config)
     samples = data.validation or data.train
     ids = np.arange(min(PARITY_SAMPLES, samples.num_samples))
     batch = samples.batch(ids, np.zeros_like(ids))
-    return {name: batch[name] if name in UNCUT else batch[name][:, :PARITY_TOKENS] for name in NAMES if name in batch}
+    if "samples" in batch:
+        return {name: batch[name] for name in ("samples", "lengths")}
+    return {
+        name: batch[name][:, :PARITY_TOKENS] if name != "pixels" else batch[name] for name in NAMES if name in batch
+    }
 
 
 def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype: str) -> None:

@@ -142,7 +142,7 @@ def open_source(model: Path, scratch: Path) -> Source:
         convert(enter_home(model), path)
     recipe_name = recipes.of_folder(path)
     recipe = recipes.find(recipe_name)
-    config, facts = recipe.describe_folder(path)
+    config, facts = recipes.describe_folder(recipe, path)
     return Source(path, recipe_name, recipe, config, facts, conversion_record(path))
 
 

@@ -4,7 +4,7 @@ What cannot run natively runs in a session of the engine for its format, behind 
 """
 
 import importlib
-import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import Session
-from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.models.hugging_face import WeightFolder, read_json
 
 CONFIG_FILE, DEPLOYMENT_FILE, INDEX_FILE = "config.json", "deployment.json", "model.safetensors.index.json"
 ENGINES = {
@@ -28,6 +28,8 @@ ENGINES = {
     "gguf": "llama_cpp",
 }
 """Of each format in deployment.json the module under tools/engines that runs it, without its ending."""
+SIZES = ("_size", "_heads", "_dim", "n_embd", "n_head", "n_inner", "d_model", "num_channels")
+PADDING_NUMBERS = 10**6  # by which a native model may be larger than what is stored
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -129,9 +131,10 @@ def _open_folder(folder: Path, threads: int | None, must_predict: bool, recipe_n
     name = recipe_name or recipes.of_folder(folder)
     recipe = _find(name, folder, must_predict)
     check_weights(folder)
-    config, facts = recipe.describe_folder(folder)
+    config, facts = recipes.describe_folder(recipe, folder)
     if format_of(folder) == "transformers" and not _is_quantized(folder):
         try:
+            _check_sizes(folder, recipe, config, facts)
             return Opened(folder, name, recipe, config, facts, recipe.build_model(config, facts).eval())
         except UserError:
             if not (folder / DEPLOYMENT_FILE).exists():
@@ -141,12 +144,29 @@ def _open_folder(folder: Path, threads: int | None, must_predict: bool, recipe_n
     return Opened(folder, name, recipe, config, facts, model.eval())
 
 
+def _check_sizes(folder: Path, recipe: Any, config: Any, facts: dict[str, Any]) -> None:
+    """Raise UserError where config.json tells of a far larger model than there are weights for, before it is built."""
+    weights = WeightFolder(folder)
+    stored = sum(math.prod(weights.shape(name)) for name in weights.files)
+    for key, value in read_json(folder / CONFIG_FILE).items():
+        most = len(weights.files) if "layer" in key else stored if key.endswith(SIZES) else None
+        if most is not None and isinstance(value, int) and value > most:
+            found = f"{key} is {value:,}, but the weights are {len(weights.files):,} tensors of {stored:,} numbers"
+            raise UserError(str(folder / CONFIG_FILE), found)
+    with torch.device("meta"):
+        model = recipe.build_model(config, facts, initialize=False)
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if needed > 2 * stored + PADDING_NUMBERS:
+        found = f"describes a model of {needed:,} numbers, but the weights are {stored:,}"
+        raise UserError(str(folder / CONFIG_FILE), found)
+
+
 def _open_run(path: Path, must_predict: bool) -> Opened:
     reader = open_checkpoint(path)
     document, facts = reader.manifest["run"], reader.manifest["facts"]
     name = document["recipe"]
     recipe = _find(name, path, must_predict)
-    config = recipes.find_config(name).model_validate_json(json.dumps(document))
+    config = recipes.read_config(document, str(path))
     model = recipe.build_model(config, facts, initialize=False)
     fill(reader, model)
     return Opened(path, name, recipe, config, facts, model.eval())

@@ -1,6 +1,5 @@
 """The prepared data of the run that a model comes from, to judge the model on, in whatever format it is."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +33,12 @@ def open_data(opened: Any, run: Path | dict[str, Any] | None = None) -> RunData:
     document = read_json(run / "run.json") if isinstance(run, Path) else run or record["run"]
     if not document and (opened.path / "config.json").exists():
         raise UserError(str(opened.path), "does not say what data it was trained on; --run RUN_DIR names a run's")
-    if (found := document.get("recipe", opened.recipe_name)) != opened.recipe_name:
+    if document and (found := document.get("recipe")) != opened.recipe_name:
         raise UserError("--run", f"is of the recipe {found!r}, the model of {opened.recipe_name!r}")
     home = record.get("working_directory")
     if run is None and home and Path(home).is_dir():
         os.chdir(home)  # the document's relative paths lead from there
-    config_class = recipes.find_config(opened.recipe_name)
-    config = config_class.model_validate_json(json.dumps(document)) if document else opened.config
+    config = recipes.read_config(document, str(opened.path)) if document else opened.config
     try:
         splits = opened.recipe.open_data(config)
     except UserError as error:

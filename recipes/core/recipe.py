@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from pydantic import ValidationError
+
 from bigbatch.recipes.core.config import RunConfig
 from bigbatch.recipes.core.errors import UserError
 
@@ -226,11 +228,10 @@ def of_folder(folder: Path) -> str:
     """
     try:
         document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        architecture = (document.get("architectures") or ["a model of no class"])[0]
-    except (OSError, ValueError, AttributeError) as error:
+        architecture = str((document.get("architectures") or ["a model of no class"])[0])
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(str(folder), f"is no Hugging Face folder: config.json cannot be read ({error})") from None
-    record = folder / RECORD_FILE
-    recorded = json.loads(record.read_text(encoding="utf-8")).get("recipe") if record.is_file() else None
+    recorded = _recorded_recipe(folder / RECORD_FILE)
     if recorded in recipe_names() and further(find(recorded), "describe_folder"):
         return recorded
     for name in recipe_names():
@@ -241,10 +242,43 @@ def of_folder(folder: Path) -> str:
     raise UserError(str(folder), f"holds {architecture}, which no recipe predicts with")
 
 
+def read_config(document: dict[str, Any], where: str) -> Any:
+    """Return the configuration that a resolved run document is; raise UserError for one that is none."""
+    try:
+        return find_config(document["recipe"]).model_validate_json(json.dumps(document))
+    except KeyError:
+        raise UserError(where, "holds no run document: it names no recipe") from None
+    except ValidationError as error:
+        found = error.errors()[0]
+        place = ".".join(map(str, found["loc"]))
+        raise UserError(where, f"holds a run document that this version cannot read: {place}: {found['msg']}") from None
+
+
+def describe_folder(recipe: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return (config, facts) of a folder; raise UserError also where its files say what cannot be."""
+    try:
+        return recipe.describe_folder(folder)
+    except ValidationError as error:
+        found = error.errors()[0]
+        why = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise UserError(str(folder), f"config.json, {RECORD_FILE} or the tokenizer's files describe no model ({why})")
+
+
 def open_folder(recipe: Any, folder: Path) -> tuple[Any, dict[str, Any], "torch.nn.Module"]:
     """Open a Hugging Face folder of a recipe's kind, as a native model: (config, facts, model)."""
-    config, facts = recipe.describe_folder(folder)
+    config, facts = describe_folder(recipe, folder)
     return config, facts, recipe.build_model(config, facts).eval()
+
+
+def _recorded_recipe(record: Path) -> str | None:
+    if not record.is_file():
+        return None
+    try:
+        return json.loads(record.read_text(encoding="utf-8")).get("recipe")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(str(record), f"cannot be read ({error})") from None
 
 
 def _module(name: str, part: str) -> ModuleType:

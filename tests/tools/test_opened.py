@@ -116,6 +116,14 @@ def change_config(**settings):
     return change
 
 
+def change_record(**settings):
+    def change(folder):
+        record = json.loads((folder / "conversion.json").read_text())
+        (folder / "conversion.json").write_text(json.dumps(record | settings))
+
+    return change
+
+
 def lose_a_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["bert.pooler.dense.bias"]
@@ -132,6 +140,14 @@ def lose_a_tensor(folder):
         (change_config(architectures=["NoSuchModel"]), r"holds NoSuchModel, which no recipe predicts with"),
         (lambda folder: (folder / "config.json").write_text("[1]"), r"config.json: holds a list, not an object"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights; right is model.safetensors"),
+        (change_record(run=[]), r"conversion.json: run is a list, not an object"),
+        (change_record(run={"data": {"evil": 1}}), r"describe no model \(data\.\w+: "),
+        (lambda folder: (folder / "conversion.json").write_text("{"), r"conversion.json: cannot be read"),
+        (change_config(id2label=7), r"describe no model \(TypeError"),
+        (change_config(vocab_size="many"), r"says no vocab_size"),
+        (change_config(hidden_size=10**9), r"hidden_size is 1,000,000,000, but the weights are 41 tensors of"),
+        (change_config(num_hidden_layers=10**7), r"num_hidden_layers is 10,000,000, but the weights are 41 tensors"),
+        (change_config(hidden_size=16_000, intermediate_size=16_000), r"describes a model of [0-9,]+ numbers, but the"),
         (lose_a_tensor, r"lacks 'bert.pooler.dense.bias'"),
     ],
 )

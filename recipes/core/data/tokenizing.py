@@ -367,5 +367,10 @@ def token_name(settings: dict[str, Any], key: str) -> str:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return what a folder's tokenizer_config.json says, with the chat template that stands in a file of its own."""
     path, template = folder / SETTINGS_FILE, folder / TEMPLATE_FILE
-    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    try:
+        settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(str(path), f"cannot be read as JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(str(path), f"holds a {type(settings).__name__}, not an object")
     return settings | ({"chat_template": template.read_text("utf-8")} if template.is_file() else {})

@@ -154,7 +154,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def conversion_record(folder: Path) -> dict[str, Any]:
     """Return what `bigbatch convert` has written beside the weights; its `run` is empty where it was not there."""
     path = folder / RECORD_FILE
-    return {"run": {}, **(read_json(path) if path.exists() else {})}
+    record = {"run": {}, **(read_json(path) if path.exists() else {})}
+    if not isinstance(record["run"], dict):
+        raise UserError(str(path), f"run is a {type(record['run']).__name__}, not an object")
+    return record
 
 
 def untrained_document(**sections: Any) -> dict[str, Any]:
