@@ -5,7 +5,6 @@ model, so that the peak of memory is this model's.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -62,7 +61,7 @@ class Measurement(NamedTuple):
     num_bytes: int
     """Of all files of the folder."""
     peak_bytes: int
-    """The process's peak above what it had before the model was opened."""
+    """The peak above what the process had before the model was opened: while it was opened, or answered."""
     latency: dict[str, tuple[float, float]]
     """Batch size -> (median, 95th percentile) in milliseconds: of a call, or of a token that is written."""
     latency_of: str
@@ -120,14 +119,17 @@ def _measure(path: Path, options: Options) -> tuple[Measurement, dict[str, np.nd
     torch.set_num_threads(options.threads)
     is_folder = (path / "config.json").is_file()
     recipes.find(recipes.of_folder(path) if is_folder else open_checkpoint(path).manifest["run"]["recipe"])
-    before = _resident_bytes()  # with what is imported anyway
+    before = _memory("VmRSS")  # with what is imported anyway
     opened = open_model(path, options.threads)
     opened.model.eval()
+    opening, resident = _memory("VmHWM") - before, _memory("VmRSS") - before
     data, split, samples = open_samples(opened, options)
     ids = _choose(samples.num_samples, options, getattr(opened.recipe, "WHOLE_SPLIT", False))
     with torch.inference_mode():
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak, without the data's
+        idle = _memory("VmRSS")
         latency, latency_of = _latency(opened, samples, ids)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before  # what judges has memory of its own
+        peak = max(opening, resident + _memory("VmHWM") - idle)
         judged = _judge(opened, data, samples, ids)
     in_worker = getattr(getattr(opened.model, "session", None), "peak_bytes", None)
     return Measurement(
@@ -136,7 +138,7 @@ def _measure(path: Path, options: Options) -> tuple[Measurement, dict[str, np.nd
         split,
         len(ids),
         folder_bytes(path),
-        in_worker() if in_worker else max(peak, 0),
+        in_worker() if in_worker else peak,
         latency,
         latency_of,
         options.threads,
@@ -302,9 +304,10 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _resident_bytes() -> int:
-    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    return int(fields[1]) * resource.getpagesize()
+def _memory(field: str) -> int:
+    """Return a field of /proc/self/status in bytes: VmRSS or VmHWM, its peak; getrusage's has the parent's in it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def _numbers(figures: dict[str, Any]) -> dict[str, float]:
