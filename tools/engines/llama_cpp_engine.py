@@ -26,6 +26,8 @@ from bigbatch.recipes.core.models.hugging_face import read_json
 
 MOST_ROWS = 64
 """Sequences of one context; llama.cpp has room for 256, and memory for each is set aside at once."""
+THREAD_BYTES = 2**27
+"""Weights that pay for one more thread, for threads wait for each other many times a token, busily."""
 CELLS = 256  # a sequence's memory is a multiple of it
 DEFAULTS = (512, 2048, 512, 1)
 ERROR = 4  # ggml_log_level
@@ -118,12 +120,13 @@ class LlamaSession:
         """Load the file; raise UserError for one that llama.cpp cannot."""
         self.library = open_library()
         self.lock = threading.Lock()
-        self.threads = threads or len(os.sched_getaffinity(0))
         functions = self.library.functions
         self.library.errors.clear()
         self.model = functions.llama_model_load_from_file(os.fsencode(file), functions.llama_model_default_params())
         if not self.model:
             raise UserError(str(file), f"is no model that llama.cpp can load: {'; '.join(self.library.errors)}")
+        most = len(os.sched_getaffinity(0))
+        self.threads = threads or min(most, 1 + file.stat().st_size // THREAD_BYTES)
         self.vocabulary = functions.llama_model_get_vocab(self.model)
         self.vocabulary_size = functions.llama_vocab_n_tokens(self.vocabulary)
         self.max_positions = functions.llama_model_n_ctx_train(self.model)

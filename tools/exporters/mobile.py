@@ -60,10 +60,12 @@ def export(
 
 def _lengths(settings: dict[str, Any], options: argparse.Namespace, static: bool) -> list[int]:
     """Return the lengths to export for, in order; none for images, and for any length."""
+    asked = getattr(options, "lengths", None)
     if "image_size" in settings:
+        if asked:
+            raise UserError("--lengths", "says nothing of a model of images")
         return []
     most = settings["max_position_embeddings"]
-    asked = getattr(options, "lengths", None)
     if asked:
         if max(asked) > most or min(asked) < 2:
             raise UserError("--lengths", f"found {', '.join(map(str, asked))}; the model takes from 2 to {most} tokens")
