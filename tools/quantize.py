@@ -12,6 +12,8 @@ from bigbatch.recipes.core.arguments import count
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.hugging_face import read_json
 from bigbatch.tools import ladder
+from bigbatch.tools.convert import DTYPES
+from bigbatch.tools.opened import format_of
 from bigbatch.tools.quantization import layers as of_model
 from bigbatch.tools.quantization.calibration import calibration_inputs
 from bigbatch.tools.quantization.methods import GROUP_SIZES, METHODS, NF4_BLOCK, Method, runs_here
@@ -35,6 +37,8 @@ class Choice(NamedTuple):
     keep_worst: int = 0
     shows_sensitivity: bool = False
     run: Path | None = None
+    dtype: str | None = None
+    """Of what is not quantized, by its name in convert.DTYPES; None: as it is."""
 
 
 def main(argv: list[str]) -> int:
@@ -52,6 +56,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--keep-worst", type=count, default=0, metavar="N", help=worst)
     names = "leave these as they are: names, the ends of names or patterns, comma-separated"
     parser.add_argument("--keep", metavar="LAYERS", help=names)
+    rest = "what the rest is stored and computed in (default: as in MODEL); embeddings are most of a small model"
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help=rest)
     arguments = parser.parse_args(argv)
     choice = Choice(
         arguments.method,
@@ -62,6 +68,7 @@ def main(argv: list[str]) -> int:
         arguments.keep_worst,
         arguments.sensitivity,
         arguments.run,
+        arguments.dtype,
     )
     method = METHODS[choice.method]
     if choice.group_size and not (method.weights and method.weights["strategy"] == "group"):
@@ -78,8 +85,8 @@ def quantize(source: ladder.Source, partial: Path, choice: Choice) -> dict[str, 
     """Write the source's model, quantized, to `partial`; return what deployment.json says of it."""
     method = METHODS[choice.method]
     settings = read_json(source.path / "config.json")
-    if "quantization_config" in settings:
-        raise UserError(str(source.path), "is quantized already; right is the folder that it was made of")
+    if "quantization_config" in settings or format_of(source.path) != "transformers":
+        raise UserError(str(source.path), "is quantized or exported already; right is the folder that it was made of")
     with tempfile.TemporaryDirectory(dir=partial.parent) as scratch:
         folder = source.path
         if settings.get("model_type") == "gpt2":
@@ -99,13 +106,15 @@ def quantize(source: ladder.Source, partial: Path, choice: Choice) -> dict[str, 
             inputs = calibration_inputs(source, model, choice.calibration_samples, choice.seed, choice.run)
         table = _table(model, choice, group_size, ignored, inputs)
         kept = _kept(found, table, choice)
-        write(folder, partial, choice.method, group_size, [*ignored, *kept], inputs, steps, Path(scratch))
+        dtype = str(DTYPES[choice.dtype]).removeprefix("torch.") if choice.dtype else "auto"
+        write(folder, partial, choice.method, group_size, [*ignored, *kept], inputs, steps, Path(scratch), dtype)
     return {
         "format": "transformers",
         "record": {
             "method": choice.method,
             "library": method.library,
             "group_size": group_size,
+            "dtype_of_the_rest": choice.dtype,
             "quantized_layers": len(found) - len({*indivisible, *kept}),
             "kept_layers": kept,
             "other_layers_in_full_precision": ignored,

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bigbatch.launcher import cli
 from bigbatch.recipes.core.errors import UserError
@@ -49,8 +50,31 @@ def test_the_worst_layers_stay_and_all_is_recorded(tiny_folder, tmp_path, capsys
     assert {worst["layer"], "model.layers.0.mlp.down_proj"} <= set(record["kept_layers"])
     assert record["quantized_layers"] == 14 - len(record["kept_layers"])
     assert record["group_size"] == 32 and record["method"] == "int4_weight"
-    with pytest.raises(UserError, match="is quantized already"):
+    with pytest.raises(UserError, match="is quantized or exported already"):
         quantize(tmp_path / "out", tmp_path / "twice", "--method", "nf4")
+
+
+def test_the_rest_is_stored_in_half_as_many_bytes_where_asked_for(tiny_folder, tmp_path):
+    run, folder = tiny_folder("gpt_gpt2")
+    assert quantize(folder, tmp_path / "out", "--method", "int4_weight", "--dtype", "bf16") == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} <= {torch.bfloat16, torch.int32, torch.int64}
+    assert loss_of(tmp_path / "out") == pytest.approx(loss_of(run), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq_w4a16", "awq_w4a16", "smoothquant_w8a8"])
+@pytest.mark.parametrize("kind", ["gpt_llama", "gpt_gpt2", "classify_images", "translate", "entities"])
+def test_llmcompressor_calibrates_what_it_can(tiny_folder, kind, method, tmp_path):
+    run, folder = tiny_folder(kind)
+    arguments = (folder, tmp_path / "out", "--method", method, "--keep-worst", "1")
+    if kind in ("translate", "entities") and method != "gptq_w4a16":
+        with pytest.raises(UserError, match=f"{method} moves scales into the norms ahead of layers"):
+            quantize(*arguments)
+        return
+    assert quantize(*arguments) == 0
+    assert loss_of(tmp_path / "out") == pytest.approx(loss_of(run), rel=0.2)
+    assert record_of(tmp_path / "out")["calibration_samples"] >= 8
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def compress(
     ignored: list[str],
     inputs: str,
     steps: list[dict[str, Any]],
+    dtype: str,
 ) -> None:
     """Calibrate, round and write."""
     import transformers
@@ -44,7 +45,7 @@ def compress(
 
     settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     kind: Any = getattr(transformers, settings["architectures"][0])
-    model = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype="auto").eval()
+    model = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype).eval()
     unknown = sorted(set(ignored) - {name for name, _ in model.named_modules()})
     if unknown:
         raise ValueError(f"transformers {transformers.__version__} has no layer {unknown[0]}")

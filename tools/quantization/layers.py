@@ -11,6 +11,7 @@ from torch import nn
 
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.tools.convert import TOLERANCE
 
 Inputs = dict[str, torch.Tensor]  # what a model of transformers is called with
 FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -26,7 +27,8 @@ def model_class(folder: Path) -> Any:
     name = (read_json(folder / "config.json").get("architectures") or [""])[0]
     found = getattr(transformers, name, None)
     if not inspect.isclass(found):
-        raise UserError(str(folder / "config.json"), f"architectures is {name!r}, which transformers has no class for")
+        message = f"is a {name!r}, which transformers has no class for, so that nothing here can quantize it"
+        raise UserError(str(folder), f"{message}; right is bigbatch export --format onnx --dtype int8")
     return found
 
 
@@ -102,7 +104,8 @@ def unfolded_gpt2(folder: Path, out: Path) -> Path:
     """
     import transformers
 
-    model: Any = open_model(folder)
+    kept_dtype = read_json(folder / "config.json").get("dtype", "float32")
+    model: Any = open_model(folder, dtype=torch.float32)
     old = model.config
     if old.layer_norm_epsilon != 1e-5 or old.scale_attn_by_inverse_layer_idx or not old.scale_attn_weights:
         raise UserError(str(folder), "is a GPT-2 with settings that OPT lacks; right is bigbatch export --format gguf")
@@ -120,22 +123,22 @@ def unfolded_gpt2(folder: Path, out: Path) -> Path:
         eos_token_id=old.eos_token_id,
         pad_token_id=old.pad_token_id,
     )
-    twin: Any = transformers.OPTForCausalLM(config).to(model.dtype).eval()
+    twin: Any = transformers.OPTForCausalLM(config).eval()
     twin.load_state_dict(_opt_tensors(model))
     twin.generation_config = model.generation_config
     tokens = torch.arange(min(old.n_positions, 16)).unsqueeze(0) % old.vocab_size
     with torch.inference_mode():
-        expected, found = model(input_ids=tokens).logits.float(), twin(input_ids=tokens).logits.float()
-    if not (expected - found).abs().max() <= 1e-4 * expected.abs().max() + (0.1 if model.dtype != torch.float32 else 0):
+        expected, found = model(input_ids=tokens).logits, twin(input_ids=tokens).logits
+    if not (expected - found).abs().max() <= TOLERANCE * expected.abs().max():
         raise UserError(str(folder), "as an OPT gives other logits; right is bigbatch export --format gguf")
-    twin.save_pretrained(out)
+    twin.to(getattr(torch, kept_dtype)).save_pretrained(out)
     return out
 
 
 def _opt_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Return a GPT-2's weights by OPT's names."""
     body = model.transformer
-    offset = torch.zeros(2, model.config.n_embd, dtype=model.dtype)
+    offset = torch.zeros(2, model.config.n_embd)
     tensors = {
         "lm_head.weight": model.lm_head.weight,
         "model.decoder.embed_tokens.weight": body.wte.weight,

@@ -31,20 +31,22 @@ def write(
     inputs: list[Inputs],
     steps: list[Step],
     scratch: Path,
+    dtype: str = "auto",
 ) -> None:
     """Write the model of `folder`, quantized, to `out`; the linear layers that are ignored stay as they are.
 
-    `inputs` are what the model is called with, for a method that is calibrated.
+    `dtype` is what the rest is stored and computed in, "auto" that of the folder. `inputs` are what the model is called
+    with, for a method that is calibrated.
     """
     method = METHODS[name]
     if method.library == "llmcompressor":
-        _by_llmcompressor(folder, out, name, group_size, ignored, inputs, steps, scratch)
+        _by_llmcompressor(folder, out, name, group_size, ignored, inputs, steps, scratch, dtype)
     elif method.library == "compressed-tensors":
-        model = open_model(folder, dtype="auto")
+        model = open_model(folder, dtype=dtype)
         attach(model, method, group_size, ignored)
         _compress(model, out)
     else:
-        model = open_model(folder, dtype="auto", quantization_config=_config(name, ignored))
+        model = open_model(folder, dtype=dtype, quantization_config=_config(name, ignored))
         model.save_pretrained(out)
         if method.library == "torchao":
             _forget_lone_tensors(out)
@@ -150,6 +152,7 @@ def _by_llmcompressor(
     inputs: list[Inputs],
     steps: list[Step],
     scratch: Path,
+    dtype: str,
 ) -> None:
     """Run llmcompressor in its own environment."""
     from bigbatch.tools.environments import code_folder, environment
@@ -164,6 +167,7 @@ def _by_llmcompressor(
         "ignored": ignored,
         "inputs": str(scratch / "inputs.safetensors"),
         "steps": [step._asdict() for step in steps],
+        "dtype": dtype,
     }
     (scratch / "request.json").write_text(json.dumps(request))
     python = environment("llmcompressor")
