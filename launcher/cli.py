@@ -417,6 +417,7 @@ TOOLS = {
     "quantize": ("quantize", "Store a model in 8 or 4 bits, measured before and after."),
     "prune": ("prune", "Take weights out of a model, and train it on."),
     "import-deepspeed": ("import_deepspeed", "Turn a checkpoint of DeepSpeed's own into a safetensors folder."),
+    "bench serve": ("bench_serve", "Measure a server of a model under load."),
     "serve": ("serve", "Answer HTTP requests with a model; as OpenAI's API where it writes text."),
     "report": ("report", "Write one HTML page about one run or several."),
     "doctor": ("doctor", "Say which fused parts are in use on this machine, and why not the others."),
@@ -515,6 +516,12 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def _run_verb(arguments: list[str]) -> int:
+    if arguments[:2] == ["bench", "serve"]:
+        return _run_tool("bench serve", arguments[2:])
+    if arguments[:1] == ["serve"] and any(one.partition("=")[0] == "--sbatch" for one in arguments):
+        from bigbatch.launcher import serve_job
+
+        return serve_job.main(arguments[1:])
     if arguments and arguments[0] in TOOLS:
         return _run_tool(arguments[0], arguments[1:])
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:

@@ -49,12 +49,17 @@ class JobRequest(NamedTuple):
 def render(profile: Profile, request: JobRequest) -> str:
     """Return the text of job.sbatch; raise UserError for a path that Slurm cannot be given."""
     parts = {
-        "@DIRECTIVES@": "\n".join(f"#SBATCH --{option}" for option in _directives(profile, request)),
-        "@ENVIRONMENT@": "\n".join(f"export {name}={quote(value)}" for name, value in _environment(profile, request)),
-        "@MODULES@": _modules(profile.modules),
+        "@DIRECTIVES@": "\n".join(f"#SBATCH --{option}" for option in directives(profile, request)),
+        "@ENVIRONMENT@": "\n".join(f"export {name}={quote(value)}" for name, value in environment(profile, request)),
+        "@MODULES@": modules(profile.modules),
         "@COMMAND@": _command(request),
     }
-    lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
+    return fill(TEMPLATE, parts)
+
+
+def fill(template: Path, parts: Mapping[str, str]) -> str:
+    """Return a template with its placeholders filled, each by the lines of a part."""
+    lines = template.read_text(encoding="utf-8").splitlines()
     # Each placeholder is a line, or the end of one: what a value contains is never looked at again.
     filled = [re.sub(r"@[A-Z]+@$", lambda match: parts[match[0]], line) for line in lines]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(filled)) + "\n"
@@ -69,7 +74,8 @@ def quote(text: str) -> str:
     return "$'" + _CONTROL.sub(lambda match: f"\\{ord(match[0]):03o}", escaped) + "'"
 
 
-def _directives(profile: Profile, request: JobRequest) -> Iterator[str]:
+def directives(profile: Profile, request: JobRequest) -> Iterator[str]:
+    """Yield what #SBATCH lines say."""
     folder = _path("run folder", request.run_dir).replace("%", "%%")  # which begins a pattern in file names
     log = f"{folder}/{'%a/' if request.members else ''}log/slurm-%j.out"
     yield f"job-name={_word(_path('run folder', Path(request.name)))}"
@@ -130,7 +136,8 @@ def _path(what: str, path: Path) -> str:
     return text
 
 
-def _environment(profile: Profile, request: JobRequest) -> Iterator[tuple[str, str]]:
+def environment(profile: Profile, request: JobRequest) -> Iterator[tuple[str, str]]:
+    """Yield the variables that a job needs."""
     yield from request.environment.items()
     network = profile.network
     for name, value in (
@@ -143,11 +150,12 @@ def _environment(profile: Profile, request: JobRequest) -> Iterator[tuple[str, s
     yield from profile.environment.items()
 
 
-def _modules(modules: tuple[str, ...]) -> str:
-    if not modules:
+def modules(names: tuple[str, ...]) -> str:
+    """Return the lines that load modules."""
+    if not names:
         return ""
     lines = ["type module >/dev/null 2>&1 || . /etc/profile"]
-    lines += [f"module load {quote(name)} || exit 2" for name in modules]
+    lines += [f"module load {quote(name)} || exit 2" for name in names]
     return "\n".join(lines)
 
 

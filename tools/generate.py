@@ -28,10 +28,10 @@ class TextModel(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
-def open_model(folder: Path, dtype: str | None) -> tuple[Any, TextModel]:
+def open_model(folder: Path, dtype: str | None, threads: int | None = None) -> tuple[Any, TextModel]:
     """Open what `generate.load_model` does, or a quantized, pruned or exported folder, and its tokenizer.
 
-    On the GPU where there is one.
+    On the GPU where there is one. `threads` are those of another format's engine.
     """
     import torch
 
@@ -40,7 +40,7 @@ def open_model(folder: Path, dtype: str | None) -> tuple[Any, TextModel]:
 
     path = enter_home(folder)
     if opened.is_deployed(path):
-        found = opened.open_model(path)
+        found = opened.open_model(path, threads)
         opened.check_writes(found)
         loaded = Loaded(found.model, found.config.model, path, opened.read_json(path / opened.CONFIG_FILE))
     else:

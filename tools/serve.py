@@ -8,6 +8,7 @@ import os
 import secrets
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -33,9 +34,9 @@ def main(argv: list[str]) -> int:
     if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
         raise UserError("bigbatch serve", f"needs {missing[0]}; right is: pip install 'bigbatch[train,serve]'")
     from bigbatch.tools.serving.app import build_server
-    from bigbatch.tools.serving.opening import open_served
+    from bigbatch.tools.serving.opening import in_engine, open_served
 
-    served = open_served(arguments.model, arguments.name, arguments.dtype)
+    name = arguments.name or arguments.model.resolve().name
     limits = Limits(
         arguments.max_body,
         arguments.max_inputs,
@@ -46,9 +47,11 @@ def main(argv: list[str]) -> int:
         arguments.max_batch,
         arguments.max_wait_ms / 1000,
     )
-    if served.generating:
-        _say_vllm(arguments.model, served.name)
-    return run(build_server(served, limits, token), arguments.host, arguments.port, arguments.drain)
+    with in_engine(arguments.model, arguments.engine) as model:
+        served = open_served(model, name, arguments.dtype, arguments.threads)
+        if served.generating:
+            _say_vllm(arguments.model, name)
+        return run(build_server(served, limits, token), arguments.host, arguments.port, arguments.drain)
 
 
 def check_token(host: str, token: str | None) -> str | None:
@@ -111,7 +114,7 @@ def run(server: Any, host: str, port: int, drain_seconds: float) -> int:
             await super().startup(sockets)
             if not self.should_exit:
                 bound = self.servers[0].sockets[0].getsockname()[1]
-                name = f"[{host}]" if ":" in host else host
+                name = socket.getfqdn() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104 - compared only
                 print(f"http://{name}:{bound}", flush=True)
 
     try:
@@ -122,7 +125,11 @@ def run(server: Any, host: str, port: int, drain_seconds: float) -> int:
 
 
 def _say_vllm(model: Path, name: str) -> None:
+    from bigbatch.tools.opened import format_of
+
     is_folder = (model / "config.json").is_file()
+    if is_folder and format_of(model) != "transformers":
+        return
     folder = model.resolve() if is_folder else Path("OUT")
     before = "" if is_folder else f"bigbatch convert {shlex.quote(str(model))} OUT && "
     command = f"vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(name)}"
@@ -156,7 +163,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=_port, default=8000, help="0 takes a free one (8000)")
     parser.add_argument("--token", help=f"what clients have to know (default: {TOKEN_VARIABLE} in the environment)")
     parser.add_argument("--name", help="the model's, as clients call it (default: its folder's)")
+    engine = "what runs it, exported for the time where it has to be (default: what its folder is made for)"
+    parser.add_argument("--engine", choices=("onnx", "torch", "llama.cpp"), help=engine)
+    parser.add_argument("--threads", type=count, metavar="N", help="of the model (default: its engine's choice)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of a native model that writes text")
+    sbatch = "print the script of a Slurm job that serves the model on a node (of a cluster's profile)"
+    parser.add_argument("--sbatch", metavar="PROFILE", help=sbatch)  # taken by the launcher, which knows profiles
     add_limit_flags(parser)
     return parser
 

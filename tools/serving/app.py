@@ -20,7 +20,7 @@ from bigbatch.tools.serving.openai_routes import embedding_router, models_router
 from bigbatch.tools.serving.opening import Served
 from bigbatch.tools.serving.page import docs_page, page_headers, try_page
 from bigbatch.tools.serving.predicting import predict_router
-from bigbatch.tools.serving.refusal import RefusedError, documented, error_document
+from bigbatch.tools.serving.refusal import RefusedError, documented, error_document, mistake_of
 from bigbatch.tools.serving.telemetry import Telemetry
 
 
@@ -43,7 +43,7 @@ class Server(NamedTuple):
 def build_server(served: Served, limits: Limits, token: str | None) -> Server:
     """Make the application that serves a model; with a token, to those who have it."""
     telemetry = Telemetry()
-    routers, workers = _parts(served, limits, telemetry)
+    routers, workers, direct = _parts(served, limits, telemetry)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,7 +57,7 @@ def build_server(served: Served, limits: Limits, token: str | None) -> Server:
         app.include_router(router)
     _add_errors(app)
     paths = {"/", "/docs", "/health", "/metrics", *app.openapi()["paths"]}
-    guard = Guard(app, limits, token, telemetry, paths)
+    guard = Guard(app, direct, limits, token, telemetry, paths)
 
     @app.get("/health", responses=documented(503), summary="Whether the server is well")
     async def health() -> Health:
@@ -69,7 +69,7 @@ def build_server(served: Served, limits: Limits, token: str | None) -> Server:
     async def metrics() -> Response:
         return Response(generate_latest(telemetry.registry), media_type=CONTENT_TYPE_LATEST)
 
-    pages = {"/": try_page(served, token is not None), "/docs": docs_page(served)}
+    pages = {path: make(served, token is not None) for path, make in (("/", try_page), ("/docs", docs_page))}
 
     @app.get("/", include_in_schema=False)
     @app.get("/docs", include_in_schema=False)
@@ -80,11 +80,13 @@ def build_server(served: Served, limits: Limits, token: str | None) -> Server:
     return Server(guard, app)
 
 
-def _parts(served: Served, limits: Limits, telemetry: Telemetry) -> tuple[list[Any], list[Batcher | Writer]]:
-    """Return the routes, and what runs the model behind them."""
-    routers, workers = [models_router(served)], []
+def _parts(
+    served: Served, limits: Limits, telemetry: Telemetry
+) -> tuple[list[Any], list[Batcher | Writer], dict[str, Any]]:
+    """Return the routes, what runs the model behind them, and what answers by itself."""
+    routers, workers, direct = [models_router(served)], [], {}
     if served.predict:
-        router, batcher = predict_router(served, limits, telemetry)
+        router, batcher, direct["/predict"] = predict_router(served, limits, telemetry)
         routers.append(router)
         workers.append(batcher)
     if served.embedding:
@@ -97,7 +99,7 @@ def _parts(served: Served, limits: Limits, telemetry: Telemetry) -> tuple[list[A
         writer = Writer(rows, telemetry)
         routers.append(writing_router(served, limits, writer))
         workers.append(writer)
-    return routers, workers
+    return routers, workers, direct
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -105,14 +107,12 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> JSONResponse:
-        return JSONResponse(error_document(error.status, error.message, error.param), error.status, error.headers)
+        document = error_document(error.status_code, error.detail, error.param)
+        return JSONResponse(document, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = first["msg"].removeprefix("Value error, ")
-        return JSONResponse(error_document(422, f"{where}: {message}" if where else message, where or None), 422)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return await refused(request, mistake_of(error))
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:

@@ -45,14 +45,14 @@ class Batcher:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
 
-    async def answer(self, inputs: list[Any]) -> list[Any]:
-        """Return the answers; raise RefusedError for an input that the model cannot take."""
+    def answer(self, inputs: list[Any]) -> "asyncio.Future[list[Any]]":
+        """Return what will be the answers, or a RefusedError for an input that the model cannot take."""
         self.loop = asyncio.get_running_loop()
         job = Job(inputs, self.loop.create_future())
         with self.changed:
             self.jobs.append(job)
             self.changed.notify()
-        return await job.future
+        return job.future
 
     def _run(self) -> None:
         while True:

@@ -4,10 +4,10 @@ import asyncio
 import hmac
 import json
 import time
+import traceback
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
-
-from starlette.exceptions import HTTPException
 
 from bigbatch.tools.serving.limits import Limits
 from bigbatch.tools.serving.refusal import RefusedError, error_document
@@ -18,6 +18,7 @@ OPEN_PATHS = ("/", "/docs", "/health")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "testserver")
 MEMORY_OF_PACE = 0.9  # of the average time between two answers
 MOST_OF_THE_TIME = 0.8  # that a request may be expected to take; beyond, it would be accepted in vain
+NO_ANSWER = 499  # the status that is counted where the client has gone
 
 Message = dict[str, Any]
 
@@ -25,8 +26,17 @@ Message = dict[str, Any]
 class Guard:
     """An ASGI application around another one."""
 
-    def __init__(self, app: Any, limits: Limits, token: str | None, telemetry: Telemetry, paths: set[str]) -> None:
-        self.app, self.limits, self.telemetry = app, limits, telemetry
+    def __init__(
+        self,
+        app: Any,
+        direct: dict[str, Any],
+        limits: Limits,
+        token: str | None,
+        telemetry: Telemetry,
+        paths: set[str],
+    ) -> None:
+        """Guard an application, and those that answer POST requests to a path `direct`ly, which costs less."""
+        self.app, self.direct, self.limits, self.telemetry = app, direct, limits, telemetry
         self.token, self.paths = token and token.encode(), paths
         self.running: Counter[str] = Counter()
         self.pace_seconds = 0.0  # between two answers while there is work
@@ -38,7 +48,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begin, status, is_work = time.perf_counter(), 499, scope["method"] == "POST"
+        begin, status, is_work = time.perf_counter(), NO_ANSWER, scope["method"] == "POST"
         client = (scope.get("client") or ("",))[0]
 
         async def note_status(message: Message) -> None:
@@ -55,12 +65,18 @@ class Guard:
             self.last_end = self.last_end if self.running.total() else begin
             self.running[client] += 1
             try:
-                await self.app(scope, self._bounded(receive, begin), note_status)
+                app = self.direct.get(scope["path"], self.app)
+                await app(scope, self._bounded(receive, begin), note_status)
             finally:
                 self.running -= Counter([client])  # keeps no zero
                 self._note_pace(status)
         except RefusedError as refusal:
             await refuse(note_status, refusal)
+        except Exception as error:
+            if status != NO_ANSWER:  # it has been told already
+                raise
+            traceback.print_exc()
+            await refuse(note_status, RefusedError(500, f"the model failed: {type(error).__name__}"))
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.telemetry.requests.labels(path, status).inc()
@@ -112,11 +128,11 @@ class Guard:
                 left = self.limits.seconds - (time.perf_counter() - begin)
                 message = await asyncio.wait_for(receive(), max(left, 0.0))
             except TimeoutError:
-                raise HTTPException(503, "the body took too long to come") from None
+                raise RefusedError(503, "the body took too long to come") from None
             seen += len(message.get("body", b""))
             is_whole = not message.get("more_body")
             if seen > self.limits.body_bytes:
-                raise HTTPException(413, f"the body has more than {self.limits.body_bytes:,} bytes")
+                raise RefusedError(413, f"the body has more than {self.limits.body_bytes:,} bytes")
             return message
 
         return bounded
@@ -131,8 +147,13 @@ class Guard:
 
 async def refuse(send: Any, refusal: RefusedError) -> None:
     """Send the JSON of a refusal."""
-    body = json.dumps(error_document(refusal.status, refusal.message, refusal.param)).encode()
-    given = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
-    headers = [(name.lower().encode(), value.encode()) for name, value in given.items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    body = json.dumps(error_document(refusal.status_code, refusal.detail, refusal.param)).encode()
+    await send_json(send, body, refusal.status_code, refusal.headers or {})
+
+
+async def send_json(send: Any, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+    """Send an answer."""
+    given = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+    raw = [(name.lower().encode(), value.encode()) for name, value in given.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

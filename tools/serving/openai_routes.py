@@ -327,7 +327,9 @@ class Scribe:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             events = self._events(pieces, head | {"object": form.chunk_kind}, asked, form, with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return await in_time(request, _whole(pieces, head | {"object": form.kind}, asked, form), self.limits.seconds)
+        return await in_time(
+            request.receive, _whole(pieces, head | {"object": form.kind}, asked, form), self.limits.seconds
+        )
 
     async def _pieces(self, asked: Work, stops: list[str], strip: bool) -> AsyncIterator[Piece]:
         """Yield the pieces of all texts as they come, numbered through."""
@@ -396,7 +398,7 @@ def embedding_router(served: Served, limits: Limits, telemetry: Telemetry) -> tu
             raise RefusedError(422, f"input has {len(texts)} texts; {limits.inputs} are the most", "input")
         if empty := [number for number, text in enumerate(texts) if not text.strip()]:
             raise RefusedError(422, f"input[{empty[0]}] is empty", "input")
-        vectors = await in_time(request, batcher.answer(texts), limits.seconds)
+        vectors = await in_time(request.receive, batcher.answer(texts), limits.seconds)
         write = _as_base64 if body.encoding_format == "base64" else np.ndarray.tolist
         data = [{"object": "embedding", "index": n, "embedding": write(one)} for n, one in enumerate(vectors)]
         count = sum(map(embedding.count_tokens, texts))

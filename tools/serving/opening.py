@@ -1,7 +1,10 @@
 """What is served: a model, opened so that requests can be answered with it."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +18,12 @@ from bigbatch.recipes.core.models.hugging_face import read_json
 from bigbatch.recipes.core.recipe import further
 from bigbatch.recipes.core.run_home import enter_home
 from bigbatch.tools import generate
+from bigbatch.tools.export import main as export
 from bigbatch.tools.opened import CONFIG_FILE, Opened, format_of, open_model
 from bigbatch.tools.predict import Fields, Predict
+
+FORMATS = {"torch": "transformers", "onnx": "onnx", "llama.cpp": "gguf"}
+"""What each engine runs."""
 
 
 class Generating(NamedTuple):
@@ -49,14 +56,18 @@ class Served(NamedTuple):
     embedding: Embedding | None = None
 
 
-def open_served(path: Path, name: str | None, dtype: str | None) -> Served:
+def open_served(path: Path, name: str | None = None, dtype: str | None = None, threads: int | None = None) -> Served:
     """Open a run folder, a checkpoint or a model folder; raise UserError for what cannot be served."""
     name = name or path.resolve().name
+    if threads:
+        torch.set_num_threads(threads)
     if writes(path):
-        generating = _open_generating(path, dtype)
+        generating = _open_generating(path, dtype, threads)
         recipe_name = "dialogue" if generating.chat else "gpt"
         return Served(name, recipe_name, _engine(path, generating.model), generating=generating)
-    opened = open_model(enter_home(path), must_predict=True)
+    if dtype:
+        raise UserError("--dtype", "is of models that write text; the others run in float32, or as they were exported")
+    opened = open_model(enter_home(path), threads, must_predict=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     opened = opened._replace(model=opened.model.to(device))
     predict = opened.recipe.predictor(opened.config, opened.facts, opened.model)
@@ -64,6 +75,23 @@ def open_served(path: Path, name: str | None, dtype: str | None) -> Served:
     embedding = _embedding(opened) if opened.recipe_name == "match" else None
     engine, fields = _engine(opened.path, opened.model), fields_of(opened)
     return Served(name, opened.recipe_name, engine, predict, fields, reads_files, embedding=embedding)
+
+
+@contextlib.contextmanager
+def in_engine(path: Path, engine: str | None) -> Iterator[Path]:
+    """Give a model in the form that an engine runs: itself, or for the time of a `with` an export of it."""
+    wanted = FORMATS[engine] if engine else None
+    has = format_of(path) if (path / CONFIG_FILE).is_file() else "transformers"
+    if wanted in (None, has):
+        yield path
+        return
+    if has != "transformers":
+        raise UserError("--engine", f"{engine} cannot run it: {path} is a model in the form of {has}")
+    with tempfile.TemporaryDirectory(prefix="bigbatch-serve-") as folder:
+        out = Path(folder) / path.resolve().name
+        with contextlib.redirect_stdout(sys.stderr):
+            export([str(path), str(out), "--format", str(wanted), "--no-measure"])
+        yield out
 
 
 def writes(path: Path) -> bool:
@@ -86,10 +114,10 @@ def _engine(path: Path, model: Any) -> str:
     return format_of(path) if hasattr(model, "session") else "torch"
 
 
-def _open_generating(path: Path, dtype: str | None) -> Generating:
+def _open_generating(path: Path, dtype: str | None, threads: int | None) -> Generating:
     from bigbatch.recipes.core.data.chat import open_chat
 
-    loaded, text_model = generate.open_model(path, dtype)
+    loaded, text_model = generate.open_model(path, dtype, threads)
     wanted = ("max_new_tokens", "temperature", "top_k", "top_p")
     flags = argparse.Namespace(seed=0, **dict.fromkeys(wanted))
     sampling = generate.sampling_of(flags, loaded.document, text_model)

@@ -26,7 +26,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 v
 header, main { max-width: 800px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 48px; }
 h1 { margin: 0; font-size: 32px; line-height: 1.2; letter-spacing: -.02em; }
-h2 { margin: 0; font-size: 17px; }
+h2 { margin: 0; font-size: 17px; } h3 { margin: 14px 0 6px; font-size: 14px; }
 .facts { margin: 8px 0 0; display: flex; flex-wrap: wrap; gap: 6px 16px; color: var(--soft); font-size: 14px; }
 .facts a { color: var(--main); text-decoration: none; } .facts a:hover { text-decoration: underline; }
 main { padding-top: 28px; padding-bottom: 64px; display: grid; gap: 16px; }
@@ -44,7 +44,7 @@ button { font: 600 15px var(--text); color: var(--on-main); background: var(--ma
 button:disabled { opacity: .5; cursor: default; }
 button.plain { color: var(--ink); background: var(--fill); }
 #answer:empty { display: none; }
-#answer { display: grid; gap: 12px; }
+#answer { display: grid; gap: 12px; } #list { display: grid; gap: 16px; }
 .error { color: var(--bad); margin: 0; }
 .written { margin: 0; white-space: pre-wrap; font: 15px/1.6 var(--text); } .written b { color: var(--soft);
   font-weight: 400; }
@@ -286,9 +286,9 @@ def try_page(served: Served, needs_token: bool) -> str:
     return _page(served, _token(needs_token) + main, facts, COMMON_SCRIPT + TRY_SCRIPT, '<a href="docs">API</a>')
 
 
-def docs_page(served: Served) -> str:
+def docs_page(served: Served, needs_token: bool) -> str:
     """Return the page about the API, which it draws from openapi.json."""
-    body = f'{_token(True)}<div id="list"></div>'
+    body = f'{_token(needs_token)}<div id="list"></div>'
     link = '<a href="./">try it</a> <a href="openapi.json">openapi.json</a>'
     return _page(served, body, {}, COMMON_SCRIPT + DOCS_SCRIPT, link)
 
@@ -322,7 +322,7 @@ def _page(served: Served, body: str, facts: dict[str, Any], script: str, links: 
 def _token(is_needed: bool) -> str:
     hidden = "" if is_needed else " hidden"
     field = '<input id="token" type="password" autocomplete="off">'
-    return f'<form class="card" id="access"{hidden}><label>Token, where the server asks for one{field}</label></form>'
+    return f'<form class="card" id="access"{hidden}><label>Token{field}</label></form>'
 
 
 def _fields(served: Served) -> str:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from pydantic import BaseModel
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 
 from bigbatch.recipes.core.errors import one_line
 
@@ -18,13 +20,13 @@ TYPES = {
 }
 
 
-class RefusedError(Exception):
+class RefusedError(HTTPException):
     """A request that is not answered: its HTTP status, and why in one line."""
 
     def __init__(self, status: int, message: str, param: str | None = None, retry_seconds: int | None = None) -> None:
-        self.status, self.message, self.param = status, one_line(message), param
-        self.headers = {"Retry-After": str(retry_seconds)} if retry_seconds else {}
-        super().__init__(message)
+        headers = {"Retry-After": str(retry_seconds)} if retry_seconds else None
+        super().__init__(status, one_line(message), headers)
+        self.param = param
 
 
 class ErrorBody(BaseModel):
@@ -46,6 +48,14 @@ def error_document(status: int, message: str, param: str | None = None) -> dict[
     """Return the JSON of a refusal."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": one_line(message), "type": kind, "param": param, "code": status}}
+
+
+def mistake_of(error: ValidationError | RequestValidationError) -> RefusedError:
+    """Return the first mistake in a request as its refusal."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = first["msg"].removeprefix("Value error, ")
+    return RefusedError(422, f"{where}: {message}" if where else message, where or None)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

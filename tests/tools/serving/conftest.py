@@ -1,6 +1,7 @@
 """Models that know nothing, served: one that chats, and a client in this process."""
 
 import contextlib
+import json
 import threading
 import time
 
@@ -9,13 +10,14 @@ import openai
 import pytest
 import torch
 import uvicorn
+from safetensors.torch import save_file
 
 from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.chat import install_template, open_chat
 from bigbatch.recipes.core.data.tokenizing import make_tokenizer
 from bigbatch.recipes.core.generate import Sampling
 from bigbatch.recipes.core.models.config import DecoderSection
-from bigbatch.recipes.core.models.decoder import Decoder
+from bigbatch.recipes.core.models.decoder import Decoder, hugging_face_config, hugging_face_state
 from bigbatch.tools.serve import uvicorn_config
 from bigbatch.tools.serving.app import build_server
 from bigbatch.tools.serving.limits import Limits
@@ -42,6 +44,22 @@ def chatting(tmp_path_factory):
     model = Decoder(DecoderSection(**shape, initializer_range=0.5), chat.tokenizer.vocabulary_size).eval()
     generating = Generating(model, chat.tokenizer.tokenizer, chat, Sampling(stop_tokens=(chat.tokenizer.end_of_text,)))
     return Served("tiny", "dialogue", "torch", generating=generating)
+
+
+@pytest.fixture(scope="session")
+def folder(chatting, tmp_path_factory):
+    """Save the model that chats as transformers does."""
+    folder, generating = tmp_path_factory.mktemp("served") / "tiny", chatting.generating
+    folder.mkdir()
+    model = generating.model
+    config = hugging_face_config(model.section, model.vocabulary_size)
+    config["eos_token_id"] = generating.chat.tokenizer.end_of_text
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(hugging_face_state(model), folder / "model.safetensors")
+    generating.tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 class Client:

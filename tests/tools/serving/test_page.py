@@ -68,7 +68,7 @@ def test_a_browser_draws_the_api_under_the_page_s_own_policy(tmp_path, talk):
 
 def test_pages_load_nothing_from_elsewhere_and_hold_names_as_text():
     served = Served("<img src=x>", "classify", "torch", fields=("left", "</script>"))
-    for page in (try_page(served, True), docs_page(served)):
+    for page in (try_page(served, True), docs_page(served, True)):
         assert "<img" not in page
         assert not re.search(r"https?://|src=|@import", page.replace("img src=x", ""))
         assert page.count("</script>") == 2

@@ -82,6 +82,20 @@ def test_objects_have_the_recipe_s_fields_and_files_come_as_base64(serve):
         assert "is not base64" in client.http.post("/predict", json=asked).json()["error"]["message"]
 
 
+def test_a_model_that_fails_is_told_as_500_and_answers_the_next(serve, capsys):
+    def fragile(texts):
+        if "bad" in texts:
+            raise ZeroDivisionError("told to nobody")
+        return lengths(texts)
+
+    with serve(Served("fragile", "classify", "torch", predict=fragile)) as client:
+        failed = client.http.post("/predict", json={"inputs": ["bad"]})
+        assert failed.status_code == 500
+        assert failed.json()["error"]["message"] == "the model failed: ZeroDivisionError"
+        assert client.http.post("/predict", json={"inputs": ["good"]}).status_code == 200
+    assert "ZeroDivisionError: told to nobody" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["predict", "write"])
 @pytest.mark.filterwarnings("ignore")  # schemathesis's own
 def test_schemathesis_finds_no_request_that_breaks_the_server(client, talk, kind):

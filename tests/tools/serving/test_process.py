@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -13,28 +12,9 @@ import httpx
 import pytest
 
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.decoder import hugging_face_config, hugging_face_state
 from bigbatch.tools.serve import main
 
 VERB = [sys.executable, "-P", "-m", "bigbatch.launcher.cli", "serve"]
-
-
-@pytest.fixture(scope="module")
-def folder(chatting, tmp_path_factory):
-    """Save the model that chats as transformers does."""
-    from safetensors.torch import save_file
-
-    folder, generating = tmp_path_factory.mktemp("served") / "tiny", chatting.generating
-    folder.mkdir()
-    model = generating.model
-    config = hugging_face_config(model.section, model.vocabulary_size)
-    config["eos_token_id"] = generating.chat.tokenizer.end_of_text
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(hugging_face_state(model), folder / "model.safetensors")
-    generating.tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def start(*arguments):
