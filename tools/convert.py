@@ -165,7 +165,7 @@ def compare(
     """
     if not auto_class:
         return _compare_own(folder, reader, recipe, config, text, dtype)
-    theirs = _transformers_model(folder, auto_class)
+    theirs = open_lazily(folder, auto_class)
     with torch.device("meta"):
         ours = recipe.build_model(config, reader.manifest["facts"], initialize=False).eval()
     read_lazily(ours, lambda name: reader.read(name).to(dtype).float())
@@ -209,8 +209,8 @@ def _logits(output: Any) -> torch.Tensor:
     return torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
 
 
-def _transformers_model(folder: Path, auto_class: str) -> torch.nn.Module:
-    """Build transformers' class on the meta device, with weights that come as they are needed."""
+def open_lazily(folder: Path, auto_class: str) -> torch.nn.Module:
+    """Build transformers' class, with weights that come as they are needed and go again."""
     import accelerate
     import transformers
 
@@ -224,8 +224,11 @@ def _transformers_model(folder: Path, auto_class: str) -> torch.nn.Module:
     # A tied head has no tensor of its own in the file, and the empty model has forgotten that it is tied.
     tied: dict[str, str] = model.all_tied_weights_keys
 
+    prefix = "transformer." if "wte.weight" in weights.files else ""  # which the first GPT-2 folders leave out
+
     def read(name: str) -> torch.Tensor:
-        name = tied.get(name, name) if name not in weights.files else name
+        is_stored = name.removeprefix(prefix) in weights.files
+        name = (name if is_stored else tied.get(name, name)).removeprefix(prefix)
         return (weights.read(name) if name in weights.files else _read_mixture(weights, name)).float()
 
     read_lazily(model, read)

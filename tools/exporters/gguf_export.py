@@ -22,7 +22,7 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import DecoderSection
 from bigbatch.recipes.core.models.decoder import section_from_hugging_face
 from bigbatch.recipes.core.models.hugging_face import WeightFolder, read_json
-from bigbatch.tools.engines import transformers_engine
+from bigbatch.tools.convert import open_lazily
 from bigbatch.tools.engines.llama_cpp_engine import LlamaSession, open_library
 
 FILE = "model.gguf"
@@ -318,12 +318,13 @@ def _check_tokenizer(folder: Path, session: LlamaSession) -> bool:
 
 def compare(folder: Path, session: LlamaSession) -> dict[str, Any]:
     """Compare logits with those of transformers' own model, in float32, on two rows of random tokens, one shorter."""
-    theirs = transformers_engine.open_session(folder)
+    theirs = open_lazily(folder, "AutoModelForCausalLM")
     length = min(PARITY_TOKENS, session.max_positions)
     tokens = torch.randint(session.vocabulary_size, (2, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[1, length // 2 :] = 0
-    expected = theirs(input_ids=tokens, attention_mask=mask)["logits"][mask.bool()]
+    with torch.inference_mode():
+        expected = theirs(tokens, attention_mask=mask, use_cache=False).logits[mask.bool()]
     found = session(input_ids=tokens, attention_mask=mask)["logits"][mask.bool()]
     differences = (expected - found).abs().amax(-1)
     return {

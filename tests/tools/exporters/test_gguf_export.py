@@ -85,6 +85,15 @@ def test_a_tied_llama_in_float16_has_no_matrix_twice(exported):
     assert deployment["record"]["largest_difference"] < 0.01 * deployment["record"]["largest_logit"]
 
 
+def test_a_gpt2_whose_tensors_have_no_prefix_is_the_same(folder, exported, tmp_path):
+    whole, bare = folder("gpt2"), tmp_path / "bare"
+    transformers.AutoModelForCausalLM.from_pretrained(whole).transformer.save_pretrained(bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((whole / name).read_bytes())
+    make(SimpleNamespace(path=bare), tmp_path, Namespace(precision="f32", threads=1))
+    assert (tmp_path / "model.gguf").read_bytes() == exported("gpt2", "f32")[1].read_bytes()
+
+
 @pytest.mark.parametrize(("precision", "error"), [("q8_0", 0.01), ("q4_k_m", 0.13)])
 def test_quantized_weights_are_those_of_the_folder_to_their_precision(exported, precision, error):
     exact = {tensor.name: tensor.data for tensor in gguf.GGUFReader(exported("gpt2", "f32")[1]).tensors}
