@@ -185,9 +185,9 @@ def _measured(
     if options is None:
         return Rung(verb, kind, record, None, None, None)
     print(f"measuring {source.path.name} and what was made of it", file=sys.stderr, flush=True)
-    before = measure(source.path, scratch / "before", options)
     write_text(partial / DEPLOYMENT_FILE, {key: value for key, value in made.items() if key != "record"})
-    after = measure(partial, scratch / "after", options)
+    results = {source.path: scratch / "before", partial: scratch / "after"}
+    before, after = measure(results, options)
     return Rung(verb, kind, record, before, after, agreement(scratch / "before", scratch / "after"))
 
 

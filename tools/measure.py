@@ -1,14 +1,16 @@
 """`python -m bigbatch.tools.measure MODEL RESULT`: what a model is worth and what it costs, in a process of its own.
 
 Quality is the recipe's own figure on real data that the run held out; cost is bytes, memory and time. One process a
-model, so that the peak of memory is this model's.
+model, so that the peak of memory is this model's; all are open at once and timed in turns, so that a busy moment of the
+machine is the same to all.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,8 @@ BATCHES = (1, 8)
 HALVES = 200  # samples of halves that an interval comes from
 CONFIDENCE = 0.95
 WARM_UP_CALLS = 3
-LEAST_CALLS, MOST_CALLS, MOST_SECONDS = 10, 200, 4.0  # that a latency comes from
+TURNS = 5
+LEAST_CALLS, MOST_CALLS, MOST_SECONDS = 3, 40, 0.8  # of a turn, for each size of batch
 PROMPT_TOKENS = NEW_TOKENS = 32
 GIVEN = ("labels", "lefts", "rights", "rows", "splits")  # arrays that say which sample a row is, or what is right
 ANSWERS_FILE, RESULT_FILE = "answers.npz", "measured.json"
@@ -68,17 +71,46 @@ class Measurement(NamedTuple):
     threads: int
 
 
-def measure(model: Path, result: Path, options: Options) -> Measurement:
-    """Measure a model in a fresh process; its answers are in the folder `result` too, for `compare`."""
-    result.mkdir(parents=True, exist_ok=True)
-    own = [sys.executable, "-m", "bigbatch.tools.measure", str(model), str(result), json.dumps(options._asdict())]
-    status = subprocess.run(own, check=False, stdout=subprocess.DEVNULL).returncode
-    if status == EXIT_USER_ERROR:
+def measure(results: dict[Path, Path], options: Options) -> list[Measurement]:
+    """Measure models, each in a fresh process; a model's answers are then in its folder of results, for `agreement`."""
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for model, result in results.items():
+            result.mkdir(parents=True, exist_ok=True)
+            own = [sys.executable, "-m", "bigbatch.tools.measure", str(model), str(result)]
+            own.append(json.dumps(options._asdict()))
+            processes.append(subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            _await(processes[-1], model, result)
+        for _ in range(TURNS):
+            for process, (model, result) in zip(processes, results.items(), strict=True):
+                assert process.stdin
+                process.stdin.write("time\n")
+                process.stdin.flush()
+                _await(process, model, result)
+        for process in processes:
+            assert process.stdin
+            process.stdin.close()  # they judge, all at once
+        for process, (model, result) in zip(processes, results.items(), strict=True):
+            _await(process, model, result)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe
+                pipe.close()
+    files = (result / RESULT_FILE for result in results.values())
+    return [read_measurement(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+
+
+def _await(process: subprocess.Popen[str], model: Path, result: Path) -> None:
+    """Wait until a process has done its part; raise UserError where it has ended instead."""
+    assert process.stdout
+    if process.stdout.readline():
+        return
+    if process.wait() == EXIT_USER_ERROR:
         raise UserError(*json.loads((result / RESULT_FILE).read_text(encoding="utf-8")))
-    if status:
-        raise UserError(str(model), f"cannot be measured: the process ended with status {status}, see above")
-    found = json.loads((result / RESULT_FILE).read_text(encoding="utf-8"))
-    return read_measurement(found)
+    raise UserError(str(model), f"cannot be measured: the process ended with status {process.returncode}, see above")
 
 
 def read_measurement(found: dict[str, Any]) -> Measurement:
@@ -96,21 +128,31 @@ def agreement(before: Path, after: Path) -> float | None:
 
 
 def main(argv: list[str]) -> int:
-    """Measure one model in this process."""
+    """Measure one model in this process: open it, time it whenever standard input has a line, judge it at its end."""
     die_with_parent()
     quiet_libraries()
+    done = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print
     model, result, options = Path(argv[0]), Path(argv[1]), Options(**json.loads(argv[2]))
+
+    def turns() -> Iterator[None]:
+        print("open", file=done, flush=True)
+        for _ in sys.stdin:
+            yield
+            print("timed", file=done, flush=True)
+
     try:
-        found, answers = _measure(model.absolute(), options)
+        found, answers = _measure(model.absolute(), options, turns())
     except UserError as error:
         (result / RESULT_FILE).write_text(json.dumps([error.where, error.message]), encoding="utf-8")
         return EXIT_USER_ERROR
     np.savez(result / ANSWERS_FILE, allow_pickle=False, **answers)
     (result / RESULT_FILE).write_text(json.dumps(found._asdict()), encoding="utf-8")
+    print("judged", file=done, flush=True)
     return EXIT_DONE
 
 
-def _measure(path: Path, options: Options) -> tuple[Measurement, dict[str, np.ndarray]]:
+def _measure(path: Path, options: Options, turns: Iterable[None]) -> tuple[Measurement, dict[str, np.ndarray]]:
     import torch
 
     from bigbatch.recipes.core import recipe as recipes
@@ -128,7 +170,7 @@ def _measure(path: Path, options: Options) -> tuple[Measurement, dict[str, np.nd
     with torch.inference_mode():
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak, without the data's
         idle = _memory("VmRSS")
-        latency, latency_of = _latency(opened, samples, ids)
+        latency, latency_of = _latency(opened, samples, ids, turns)
         peak = max(opening, resident + _memory("VmHWM") - idle)
         judged = _judge(opened, data, samples, ids)
     in_worker = getattr(getattr(opened.model, "session", None), "peak_bytes", None)
@@ -246,39 +288,44 @@ def _next_tokens(model: Any, batch: dict[str, Any]) -> np.ndarray:
     return logits.argmax(-1)[batch["labels"] >= 0].cpu().numpy()
 
 
-def _latency(opened: Any, samples: Any, ids: np.ndarray) -> tuple[dict[str, tuple[float, float]], str]:
-    """Time calls of the model, or the writing of tokens, by batch size."""
+def _latency(
+    opened: Any, samples: Any, ids: np.ndarray, turns: Iterable[None]
+) -> tuple[dict[str, tuple[float, float]], str]:
+    """Time calls of the model, or the writing of tokens, by batch size, as much in each turn."""
     from bigbatch.recipes.core.foreign import ForeignDecoder
     from bigbatch.recipes.core.generate import Sampling, generate
     from bigbatch.recipes.core.models.decoder import Decoder
 
     writes = isinstance(opened.model, (Decoder, ForeignDecoder))
-    found = {}
+    calls: dict[int, Callable[[], Any]] = {}
     for size in BATCHES:
+        batch = next(iter(_batches(samples, np.resize(ids, size), size)))
         if writes:
-            tokens = next(iter(_batches(samples, ids[:1], 1)))["tokens"]
-            prompt = np.resize(tokens[0].cpu().numpy(), PROMPT_TOKENS).tolist()
+            prompt = np.resize(batch["tokens"][0].cpu().numpy(), PROMPT_TOKENS).tolist()
             sampling = Sampling(NEW_TOKENS, temperature=0.0)
-            seconds = _times(partial(generate, opened.model, [prompt] * size, sampling))
-            seconds = seconds / NEW_TOKENS
+            calls[size] = partial(generate, opened.model, [prompt] * size, sampling)
         else:
-            batch = next(iter(_batches(samples, np.resize(ids, size), size)))
-            outputs = getattr(opened.recipe, "outputs", None) or opened.recipe.loss
-            seconds = _times(partial(outputs, opened.model, batch))
-        found[str(size)] = tuple(float(value) * 1000 for value in np.percentile(seconds, (50, 95)))
-    return found, f"a token, of {NEW_TOKENS} behind {PROMPT_TOKENS}" if writes else "a call"
+            calls[size] = partial(getattr(opened.recipe, "outputs", None) or opened.recipe.loss, opened.model, batch)
+        for _ in range(WARM_UP_CALLS):
+            calls[size]()
+    seconds: dict[int, list[float]] = {size: [] for size in BATCHES}
+    for _ in turns:
+        for size, call in calls.items():
+            seconds[size] += _times(call)
+    scale = 1000 / NEW_TOKENS if writes else 1000
+    ends = {str(size): np.percentile(times, (50, 95)) * scale for size, times in seconds.items()}
+    told = f"a token, of {NEW_TOKENS} behind {PROMPT_TOKENS}" if writes else "a call"
+    return {size: (float(median), float(most)) for size, (median, most) in ends.items()}, told
 
 
-def _times(call: Callable[[], Any]) -> np.ndarray:
-    """Return the seconds of calls, after some to warm up."""
-    for _ in range(WARM_UP_CALLS):
-        call()
-    seconds, begin = [], time.perf_counter()
-    while len(seconds) < LEAST_CALLS or (len(seconds) < MOST_CALLS and time.perf_counter() - begin < MOST_SECONDS):
+def _times(call: Callable[[], Any]) -> list[float]:
+    """Return the seconds of a turn's calls."""
+    seconds: list[float] = []
+    while len(seconds) < LEAST_CALLS or (len(seconds) < MOST_CALLS and sum(seconds) < MOST_SECONDS):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
-    return np.array(seconds)
+    return seconds
 
 
 def _batches(samples: Any, ids: np.ndarray, size: int) -> Any:

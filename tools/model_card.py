@@ -45,7 +45,7 @@ class Rung(NamedTuple):
     @property
     def name(self) -> str:
         """What was made, in a few words."""
-        return " ".join([self.verb, *(str(self.record[key]) for key in ("name",) if key in self.record)])
+        return f"{self.verb} {self.record.get('name') or self.record.get('method', '')}".rstrip()
 
     def document(self) -> dict[str, Any]:
         """Return what JSON can hold."""

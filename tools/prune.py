@@ -156,7 +156,7 @@ def _measured(arguments: argparse.Namespace, source: ladder.Source, folder: Path
     write_text(folder / ladder.DEPLOYMENT_FILE, {"format": "transformers"})
     run = str(arguments.run.absolute()) if arguments.run else None
     options = Options(arguments.samples, arguments.seed, arguments.split, arguments.threads, run)
-    found: Measurement = measure(folder, folder.with_name("measured"), options)
+    found: Measurement = measure({folder: folder.with_name("measured")}, options)[0]
     return {"measured": found._asdict()}
 
 
