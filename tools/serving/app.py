@@ -11,9 +11,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from bigbatch.recipes.core.models.decoder import Decoder
 from bigbatch.tools.serving.batching import Batcher
-from bigbatch.tools.serving.generation import JoiningRows, StreamingRows, Writer
+from bigbatch.tools.serving.generation import Writer, rows_of
 from bigbatch.tools.serving.guard import Guard
 from bigbatch.tools.serving.limits import Limits
 from bigbatch.tools.serving.openai_routes import embedding_router, models_router, writing_router
@@ -94,9 +93,7 @@ def _parts(
         routers.append(router)
         workers.append(batcher)
     if served.generating:
-        model = served.generating.model
-        rows = (JoiningRows if isinstance(model, Decoder) else StreamingRows)(model, limits.batch)
-        writer = Writer(rows, telemetry)
+        writer = Writer(rows_of(served.generating.model, limits.batch), telemetry)
         routers.append(writing_router(served, limits, writer))
         workers.append(writer)
     return routers, workers, direct

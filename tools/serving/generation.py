@@ -89,13 +89,20 @@ class Rows(Protocol):
         ...
 
 
+def rows_of(model: Any, max_rows: int) -> Rows:
+    """Return how a decoder's texts are written side by side."""
+    if isinstance(model, Decoder):
+        return JoiningRows(model, max_rows)
+    return (StreamingRows if hasattr(model.session, "stream_tokens") else TogetherRows)(model, max_rows)
+
+
 class JoiningRows:
     """A native decoder: rows come and go between steps, each with settings of its own.
 
     What a row says is what `generate.generate` says to its prompt alone: positions count from its own first token.
     """
 
-    def __init__(self, model: Decoder, max_rows: int) -> None:
+    def __init__(self, model: Any, max_rows: int) -> None:
         self.model, self.max_rows = model, max_rows
         self.clear()
 
@@ -127,7 +134,8 @@ class JoiningRows:
             places = torch.tensor(kept, device=chosen.device)
             self.rows, chosen = [self.rows[place] for place in kept], chosen[places]
             self.cache.select(places)
-            trim(self.cache)
+            if isinstance(self.cache, KeyValueCache):
+                trim(self.cache)
         self.logits = next_logits(self.model, chosen.unsqueeze(1), self.cache)
         return steps
 
@@ -145,8 +153,24 @@ class JoiningRows:
         return chosen
 
 
+class TogetherRows(JoiningRows):
+    """A decoder in a session, whose cache takes no new rows: they begin together, and leave one by one."""
+
+    def fits(self, job: Job) -> bool:
+        return self.cache is None and super().fits(job)
+
+    def join(self, job: Job) -> None:
+        self.rows += [Row(job, sample) for sample in range(job.sampling.num_samples)]
+
+    def step(self) -> list[tuple[Row, Token]]:
+        if self.cache is None:
+            most = max(row.job.sampling.max_new_tokens for row in self.rows)
+            self.logits, self.cache = read_prompts(self.model, [row.job.prompt for row in self.rows], most, 1)
+        return super().step()
+
+
 class StreamingRows:
-    """A model that generates by itself, or by `generate.stream`: jobs of the same settings run from start to end."""
+    """An engine that writes by itself: jobs of the same settings run from start to end."""
 
     def __init__(self, model: Any, max_rows: int) -> None:
         self.model, self.max_rows = model, max_rows
@@ -188,7 +212,7 @@ class StreamingRows:
 
 
 def _shared(sampling: Sampling) -> Sampling:
-    return sampling._replace(max_new_tokens=0)
+    return sampling._replace(max_new_tokens=0, **({"seed": 0} if sampling.temperature == 0 else {}))
 
 
 def side_by_side(caches: list[KeyValueCache], num_new_tokens: int) -> KeyValueCache:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from bigbatch.recipes.core.generate import Sampling, generate
-from bigbatch.tools.serving.generation import Job, JoiningRows, StreamingRows, Writer
+from bigbatch.tools.serving.generation import Job, JoiningRows, StreamingRows, TogetherRows, Writer
 from bigbatch.tools.serving.telemetry import Telemetry
 from bigbatch.tools.serving.texts import Text
 
@@ -40,7 +40,7 @@ def started(rows):
     return writer
 
 
-@pytest.mark.parametrize("kind", [JoiningRows, StreamingRows])
+@pytest.mark.parametrize("kind", [JoiningRows, TogetherRows, StreamingRows])
 def test_requests_that_come_and_go_get_what_each_would_get_alone(decoder, kind):
     writer = started(kind(decoder, 4))
 

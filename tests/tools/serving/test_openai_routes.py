@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import time
 
 import numpy as np
 import openai
@@ -120,3 +122,20 @@ def test_a_stream_ends_as_openai_ends_it(talk):
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert lines[-1] == "data: [DONE]"
     assert all(json.loads(line[6:])["object"] == "text_completion" for line in lines[:-1])
+
+
+def test_a_client_that_goes_away_frees_its_row(talk):
+    def written():
+        told = talk.http.get("/metrics").text
+        return float(re.search(r'bigbatch_tokens_total\{kind="written"\} (\S+)', told)[1])
+
+    asked = {"prompt": "a", "stream": True, "max_tokens": 480, "temperature": 2, "top_k": 0, "n": 60}
+    with talk.http.stream("POST", "/v1/completions", json=asked) as answer:
+        next(answer.iter_lines())
+    deadline = time.monotonic() + 20
+    while talk.server.guard.running.total() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    before = written()
+    time.sleep(0.2)
+    assert written() == before
