@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
@@ -37,6 +38,8 @@ class Worker:
         self.process = subprocess.Popen(
             [python, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=variables
         )
+        self.close = weakref.finalize(self, _end, self.process, self.log)
+        """End the process; it ends with this object too."""
 
     def call(self, message: dict[str, Any], arrays: Arrays | None = None) -> tuple[dict[str, Any], Arrays]:
         """Send a message with arrays; return the answer. Raises UserError where the worker does, else RuntimeError."""
@@ -53,13 +56,6 @@ class Worker:
             raise RuntimeError(f"in the worker: {answer['failure']}")
         return answer, found
 
-    def close(self) -> None:
-        """End the process."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
-        self.log.close()
-
     def __enter__(self) -> "Worker":
         """Return the worker itself."""
         return self
@@ -72,6 +68,12 @@ class Worker:
         self.process.wait()
         self.log.seek(0)
         return one_line(self.log.read().decode(errors="replace").strip()[-SHOWN_CHARACTERS:])
+
+
+def _end(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    process.kill()
+    process.communicate()
+    log.close()
 
 
 def serve(handle: Handler) -> None:

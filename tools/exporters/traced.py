@@ -40,7 +40,7 @@ class Opened(NamedTuple):
 
 
 def open_traced(folder: str, lengths: list[int], max_length: int) -> Opened:
-    """Open a folder in float32; raise UserError where transformers has no such class."""
+    """Open a folder in float32, in the class that its config.json names; see mobile.export for the lengths."""
     settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     kind = getattr(transformers, settings["architectures"][0])
     further = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
@@ -78,7 +78,7 @@ def example(
 
 
 def compare(opened: Opened, call: Call) -> dict[str, Any]:
-    """Compare outputs with those of transformers on rows of several lengths, or on images, padded to one another."""
+    """Compare outputs with those of transformers on rows of several lengths, padded to the longest, or on images."""
     layout, settings = opened.layout, opened.layout["settings"]
     longest = layout["max_length"]
     lengths = [longest * (row + 1) // PARITY_ROWS or row for row in range(PARITY_ROWS)]  # of images only the seeds
