@@ -1,6 +1,7 @@
 """Model folders as ONNX graphs: fp32, fp16, int8 or int4, with dynamic batch and length, compared before they count."""
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.hugging_face import WeightFolder, read_json
+from bigbatch.recipes.core.models.hugging_face import WeightFolder, conversion_record, read_json
 from bigbatch.tools.engines import onnx_engine, transformers_engine
-from bigbatch.tools.exporters import onnx_models
+from bigbatch.tools.exporters import onnx_models, onnx_speech
 from bigbatch.tools.exporters.onnx_graph import FUSED_OPSET, LEAST_OPSET, Graph, write_models
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -25,6 +27,7 @@ FAMILIES = {
     "mbart": onnx_models.bart,
     "marian": onnx_models.bart,
 }
+SPEECH = "bigbatch_transcribe"
 WRITERS, PAIRS = ("gpt2", "llama"), ("bart", "mbart", "marian")
 GREATEST_OPSET = 24
 LARGEST_DIFFERENCE = {"fp32": 1e-4, "fp16": 0.02, "int8": np.inf, "int4": np.inf}
@@ -68,7 +71,7 @@ def make(source: Any, partial: Path, options: argparse.Namespace) -> dict[str, A
     """
     config = read_json(source.path / "config.json")
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in (*FAMILIES, SPEECH):
         message = f"model_type is {kind!r}; right is one of {', '.join(FAMILIES)}"
         raise UserError(str(source.path / "config.json"), message)
     opset = _opset(kind, options.opset)
@@ -92,7 +95,11 @@ def write_onnx(folder: Path, out: Path, precision: str, opset: int) -> None:
         onnx_models.bart(encoder, graph, config)
         write_models(out, {onnx_engine.ENCODER: encoder, onnx_engine.MODEL: graph})
         return
-    FAMILIES[kind](graph, config)
+    if kind == SPEECH:
+        run = recipes.find_config("transcribe").model_validate_json(json.dumps(conversion_record(folder)["run"]))
+        onnx_speech.speech(graph, run.model, run.data.sample_rate)
+    else:
+        FAMILIES[kind](graph, config)
     write_models(out, {onnx_engine.MODEL: graph})
 
 
@@ -102,8 +109,10 @@ def compare(folder: Path, exported: Path, threads: int | None = None) -> dict[st
     Padding stands behind the tokens, and where a decoder writes ahead of them.
     """
     config = read_json(folder / "config.json")
-    theirs, ours = transformers_engine.open_session(folder, threads), onnx_engine.open_session(exported, threads)
-    generator = torch.Generator().manual_seed(0)
+    ours, generator = onnx_engine.open_session(exported, threads), torch.Generator().manual_seed(0)
+    if config["model_type"] == SPEECH:
+        return _compare_speech(folder, ours, generator)
+    theirs = transformers_engine.open_session(folder, threads)
     batch = _batch(config, generator)
     expected, found = theirs(**batch), ours(**batch)
     is_padding = batch.get("attention_mask", torch.ones(1)) == 0
@@ -113,11 +122,30 @@ def compare(folder: Path, exported: Path, threads: int | None = None) -> dict[st
     if ours.writes:
         steps = _steps(config, generator)
         pairs += zip(_written(theirs, config, steps, batch), _written(ours, config, steps, batch), strict=True)
+    return _differences(pairs)
+
+
+def _compare_speech(folder: Path, ours: onnx_engine.OnnxSession, generator: torch.Generator) -> dict[str, Any]:
+    """Do the same with noise and the native model."""
+    recipe = recipes.find("transcribe")
+    config, facts = recipe.describe_folder(folder)
+    model = recipe.build_model(config, facts).eval()
+    lengths = torch.tensor([config.data.sample_rate * part // 10 for part in (10, 6, 3)])
+    samples = torch.randint(-(2**15), 2**15, (3, int(lengths.max())), generator=generator).short()
+    with torch.no_grad():
+        expected, frames = model(samples=samples, lengths=lengths)
+    found = ours(samples=samples, lengths=lengths)
+    rows = enumerate(frames.tolist())
+    pairs = [(expected[row, :count], found["log_probabilities"][row, :count]) for row, count in rows]
+    return _differences([*pairs, (frames, found["frames"])])
+
+
+def _differences(pairs: list[tuple[torch.Tensor, ...]]) -> dict[str, float]:
+    """Return how far outputs differ at most, and the largest of the first."""
     differences = torch.stack([(theirs.float() - ours.float()).abs().max() for theirs, ours in pairs])
     return {
-        "largest_difference": float(differences.max()),
+        "largest_difference": float(differences.max()),  # not a number where one of them is none
         "largest_output": max(float(theirs.abs().max()) for theirs, _ in pairs),
-        "lengths": list(LENGTHS),
     }
 
 

@@ -143,6 +143,14 @@ class Graph:
         found = self.cast(self.add("Gather", self.constant(values, np.int8), numbers))
         return self.add("Mul", found, self.add("Gather", self.constant(scales[:, None]), numbers))
 
+    def unpacked(self, weight: np.ndarray) -> str:
+        """Return weights [..., K] in float32 for an operator that takes no other; small ones are stored in 8 bits."""
+        if self.dtype in ("fp32", "fp16"):
+            return self.cast(self.constant(weight.astype(self.float)), np.float32)
+        values, scales = quantize_rows(weight.reshape(-1, weight.shape[-1]))
+        factor = self.constant(scales.reshape(*weight.shape[:-1], 1))
+        return self.add("Mul", self.cast(self.constant(values.reshape(weight.shape), np.int8), np.float32), factor)
+
     def model(self) -> onnx.ModelProto:
         """Return the graph; its weights are in `constants` alone."""
         graph = helper.make_graph(self.nodes, "bigbatch", self.inputs, self.outputs)

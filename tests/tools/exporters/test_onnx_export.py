@@ -11,10 +11,13 @@ import transformers
 
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.generate import Sampling, generate
+from bigbatch.recipes.core.models.config import SpeechSection
+from bigbatch.recipes.core.models.speech import SpeechModel
 from bigbatch.tools import export
 from bigbatch.tools.engines.onnx_engine import open_session
 from bigbatch.tools.exporters import onnx_export, onnx_models
 from bigbatch.tools.exporters.onnx_graph import Graph, quantize_blocks, write_models
+from bigbatch.tools.exporters.onnx_speech import speech
 from bigbatch.tools.opened import open_model
 
 BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
@@ -74,6 +77,30 @@ def test_padded_rows_and_a_cache_agree_with_transformers(name: str, folder_of: A
 
     assert record["largest_difference"] < 2e-5 * record["largest_output"]
     assert record["largest_output"] > 0.1
+
+
+@pytest.mark.parametrize(("cell", "bidirectional"), [("lstm", True), ("gru", True), ("gru", False)])
+def test_recordings_of_several_lengths_are_heard_as_the_native_model_hears_them(
+    cell: Any, bidirectional: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    section = SpeechSection(cell=cell, bidirectional=bidirectional, hidden_size=64)
+    model = SpeechModel(section, 8000, 9).eval()
+    weights = {f"model.{name}": parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    samples, lengths = torch.randint(-9000, 9000, (3, 8000)).short(), torch.tensor([8000, 5000, 170])
+    expected, frames = model(samples, lengths)
+
+    for precision, most in (("fp32", 1e-5), ("fp16", 5e-3), ("int8", 0.1)):
+        graph = Graph(weights, precision, 20)
+        speech(graph, section, 8000)
+        write_models(tmp_path, {"model.onnx": graph})
+        found = open_session(tmp_path, 1)(samples=samples, lengths=lengths)
+
+        assert found["frames"].tolist() == frames.tolist() == [50, 31, 1]
+        for row, count in enumerate(frames.tolist()):
+            torch.testing.assert_close(
+                found["log_probabilities"][row, :count], expected[row, :count], atol=most, rtol=0
+            )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
@@ -153,6 +180,12 @@ def test_weights_by_blocks_are_what_the_operator_multiplies_with(bits: int, tmp_
     stored = (values.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
     np.testing.assert_allclose(found.T, stored.reshape(256, -1)[:, :100], atol=1e-4)
     assert np.abs(found.T - weight).max() < 1.01 * np.abs(scales).max()
+
+
+def test_a_run_of_a_recipe_without_a_class_of_transformers_is_exported(tiny_folder: Any, tmp_path: Path) -> None:
+    record = exported(tiny_folder("transcribe")[1], tmp_path / "out")["record"]
+
+    assert record["largest_difference"] < 2e-5 * record["largest_output"]
 
 
 def test_a_model_writes_the_same_when_exported(tiny_folder: Any, tmp_path: Path) -> None:
