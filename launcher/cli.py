@@ -40,7 +40,13 @@ standard error, results to standard output. Exit status: 0 done; 2 a mistake in 
 75 stopped and saved, the same command goes on; 1 anything else."""
 
 ENDING_PREPARE = "ending; what is prepared stays"
-BENCH_RUNS = {"train": "gpt/bench", "checkpoint": "gpt/124m", "convert": "gpt/124m", "comm": "gpt/bench"}
+BENCH_RUNS = {
+    "train": "gpt/bench",
+    "checkpoint": "gpt/124m",
+    "convert": "gpt/124m",
+    "comm": "gpt/bench",
+    "deploy": None,
+}
 WITHOUT_DATA = ("checkpoint", "convert")
 """What a bench measures though the run's data are not there."""
 # The steps that `bench comm` measures are to have no gradients to send.
@@ -285,6 +291,10 @@ def bench(
     from bigbatch.recipes.core.engine_config import complete
 
     _need_train_extra()
+    if what == "deploy":
+        if not bench_run:
+            raise UserError("MODEL", "is missing; right is a run folder, a checkpoint or a model folder")
+        return importlib.import_module("bigbatch.tools.bench_deploy").bench_deploy(Path(bench_run), rounds, as_json)
     if ranks and what != "comm":
         raise UserError("--ranks", f"found {ranks}; bench {what} takes one rank, only bench comm several")
     if ranks == 1:
@@ -468,7 +478,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--output": {"type": Path, "metavar": "FILE", "help": "new: default: ~/.config/bigbatch/profiles/NAME.v1.json"},
     "--ranks": {"type": _positive, "metavar": "N", "help": "processes on this host (default: one a GPU, else 1)"},
     "what": {"choices": tuple(BENCH_RUNS), "help": "what to measure"},
-    "bench_run": {"metavar": "RUN", "nargs": "?", "help": "default: gpt/bench; for checkpoint and convert gpt/124m"},
+    "bench_run": {
+        "metavar": "RUN | MODEL",
+        "nargs": "?",
+        "help": "default: gpt/bench; for checkpoint and convert gpt/124m; for deploy a run or model folder",
+    },
     "--rounds": {"type": _positive, "metavar": "N", "default": 5, "help": "turns of each (default 5)"},
     "--steps": {"type": _positive, "metavar": "N", "default": 4, "help": "train: steps a turn (default 4)"},
     "--gpus": {"type": _positive, "metavar": "N", "required": True, "help": "how many there are in all"},

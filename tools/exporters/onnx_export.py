@@ -11,7 +11,9 @@ import torch
 
 from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.models.decoder import section_from_hugging_face
 from bigbatch.recipes.core.models.hugging_face import WeightFolder, conversion_record, read_json
+from bigbatch.tools.convert import write_text
 from bigbatch.tools.engines import onnx_engine, transformers_engine
 from bigbatch.tools.exporters import onnx_models, onnx_speech
 from bigbatch.tools.exporters.onnx_graph import FUSED_OPSET, LEAST_OPSET, Graph, write_models
@@ -27,6 +29,7 @@ FAMILIES = {
     "mbart": onnx_models.bart,
     "marian": onnx_models.bart,
 }
+GENAI_FILE = "genai_config.json"
 SPEECH = "bigbatch_transcribe"
 WRITERS, PAIRS = ("gpt2", "llama"), ("bart", "mbart", "marian")
 GREATEST_OPSET = 24
@@ -69,26 +72,25 @@ def make(source: Any, partial: Path, options: argparse.Namespace) -> dict[str, A
 
     Raises UserError for a model for which there is no graph, or where the two differ.
     """
-    config = read_json(source.path / "config.json")
-    kind = config.get("model_type")
-    if kind not in (*FAMILIES, SPEECH):
-        message = f"model_type is {kind!r}; right is one of {', '.join(FAMILIES)}"
-        raise UserError(str(source.path / "config.json"), message)
+    kind = read_json(source.path / "config.json").get("model_type")
     opset = _opset(kind, options.opset)
     write_onnx(source.path, partial, options.precision, opset)
     record = compare(source.path, partial, options.threads)
     relative = record["largest_difference"] / record["largest_output"]
     if not relative <= LARGEST_DIFFERENCE[options.precision]:
         raise UserError(str(source.path), f"not written: outputs differ from transformers' own by {relative:.1%}")
+    if kind in WRITERS:
+        write_text(partial / GENAI_FILE, genai_config(source.path))
     files = sorted(path.name for path in partial.glob("*.onnx*"))
     made = {"format": "onnx", "precision": options.precision, "opset": opset, "files": files}
     return made | {"record": {"name": f"onnx {options.precision}", **record}}
 
 
-def write_onnx(folder: Path, out: Path, precision: str, opset: int) -> None:
+def write_onnx(folder: Path, out: Path, precision: str, opset: int | None = None) -> None:
     """Write a Hugging Face folder's graphs: model.onnx, for encoder-decoders encoder_model.onnx, and their weights."""
     config, weights = read_json(folder / "config.json"), Weights(folder)
     kind = config["model_type"]
+    opset = opset or _opset(kind, None)
     graph = Graph(weights, precision, opset, writes=kind in WRITERS + PAIRS)
     if kind in PAIRS:
         encoder = Graph(weights, precision, opset, writes=True)  # as the decoder, for they share the embedding
@@ -96,11 +98,35 @@ def write_onnx(folder: Path, out: Path, precision: str, opset: int) -> None:
         write_models(out, {onnx_engine.ENCODER: encoder, onnx_engine.MODEL: graph})
         return
     if kind == SPEECH:
-        run = recipes.find_config("transcribe").model_validate_json(json.dumps(conversion_record(folder)["run"]))
+        run: Any = recipes.find_config("transcribe").model_validate_json(json.dumps(conversion_record(folder)["run"]))
         onnx_speech.speech(graph, run.model, run.data.sample_rate)
     else:
         FAMILIES[kind](graph, config)
     write_models(out, {onnx_engine.MODEL: graph})
+
+
+def genai_config(folder: Path) -> dict[str, Any]:
+    """Describe a decoder for onnxruntime-genai, which then opens the exported folder as it is."""
+    config = read_json(folder / "config.json")
+    section = section_from_hugging_face(config)
+    layers = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    decoder = {
+        "session_options": {"provider_options": []},
+        "filename": onnx_engine.MODEL,
+        "head_size": section.head_size,
+        "hidden_size": section.hidden_size,
+        "num_attention_heads": section.num_heads,
+        "num_key_value_heads": section.key_value_heads,
+        "num_hidden_layers": section.num_layers,
+        "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")} | layers,
+        "outputs": {"logits": "logits", **present},
+    }
+    end = config.get("eos_token_id") or 0
+    model = {"type": "llama", "vocab_size": config["vocab_size"], "context_length": section.max_positions}
+    model |= {"bos_token_id": config.get("bos_token_id") or 0, "eos_token_id": end, "pad_token_id": end}
+    search = {"max_length": section.max_positions, "do_sample": False, "past_present_share_buffer": False}
+    return {"model": {**model, "decoder": decoder}, "search": search}
 
 
 def compare(folder: Path, exported: Path, threads: int | None = None) -> dict[str, Any]:
@@ -149,8 +175,10 @@ def _differences(pairs: list[tuple[torch.Tensor, ...]]) -> dict[str, float]:
     }
 
 
-def _opset(kind: str, asked: int | None) -> int:
+def _opset(kind: Any, asked: int | None) -> int:
     """Return the operator set to write: the least that has all that a model needs, if none is asked for."""
+    if kind not in (*FAMILIES, SPEECH):
+        raise UserError("config.json", f"model_type is {kind!r}; right is one of {', '.join(FAMILIES)}")
     default = FUSED_OPSET if kind in WRITERS else LEAST_OPSET
     least = FUSED_OPSET if kind == "llama" else LEAST_OPSET
     if asked is not None and not least <= asked <= GREATEST_OPSET:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime_genai
 import pytest
 import torch
 import transformers
@@ -201,6 +202,28 @@ def test_a_model_writes_the_same_when_exported(tiny_folder: Any, tmp_path: Path)
     described = json.loads((tmp_path / "out" / "deployment.json").read_text())
     assert (described["format"], described["precision"], described["opset"]) == ("onnx", "fp32", 23)
     assert described["files"] == ["model.onnx", "model.onnx.data"]
+    assert (tmp_path / "out" / "genai_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_onnxruntime_genai_opens_the_folder_and_writes_what_transformers_writes(
+    name: str, folder_of: Any, tmp_path: Path
+) -> None:
+    exported(folder_of(name), tmp_path / "out")
+    prompts = torch.tensor([[5, 9, 12, 40], [8, 30, 31, 7]])
+
+    model = onnxruntime_genai.Model(str(tmp_path / "out"))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=16, min_length=16, batch_size=2)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(prompts.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name))
+    mask = torch.ones_like(prompts)
+    expected = theirs.generate(prompts, attention_mask=mask, max_length=16, min_length=16, do_sample=False)
+    assert [generator.get_sequence(row).tolist() for row in range(2)] == expected.tolist()
 
 
 @pytest.mark.parametrize(
