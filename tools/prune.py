@@ -93,8 +93,8 @@ def prune(plan: Plan, source: ladder.Source, folder: Path, ratio: float) -> dict
     model = source.recipe.build_model(source.config, source.facts).eval()
     before = sum(parameter.numel() for parameter in model.parameters())
     pruned = _pruned(plan, source, model, ratio)
-    export = _export(source, pruned.shape)
     settings = read_json(source.path / "config.json")
+    export = _export(source, settings, pruned.shape)
     dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     write_state(folder, pruned.state, export.tensors, DTYPES[dtype])
     write_text(folder / "config.json", {**settings, **export.config, "dtype": dtype})
@@ -138,9 +138,9 @@ def _pruned(plan: Plan, source: ladder.Source, model: nn.Module, ratio: float) -
     return Pruned(state, {}, {"zeros": zeros, "share_of_zeros": round(share, 4)})
 
 
-def _export(source: ladder.Source, shape: dict[str, int]) -> Any:
+def _export(source: ladder.Source, settings: dict[str, Any], shape: dict[str, int]) -> Any:
     """Name tensors and settings of the model in its new shape, as transformers does."""
-    config, facts = source.config, source.facts
+    config, facts = source.config, {"end_of_text": settings.get("eos_token_id"), **source.facts}
     for place in ("encoder", "shape"):
         if facts.get(place):
             facts = {**facts, place: {**facts[place], **shape}}
