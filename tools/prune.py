@@ -5,9 +5,10 @@ ratios and measures each.
 """
 
 import argparse
+import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import nn
 
 from bigbatch.recipes.core.arguments import count
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.models.hugging_face import Piece, piece_shape, read_json
 from bigbatch.tools import ladder
 from bigbatch.tools.convert import write_state, write_text
 from bigbatch.tools.measure import Measurement, Options, measure
@@ -91,9 +92,9 @@ def prune(plan: Plan, source: ladder.Source, folder: Path, ratio: float) -> dict
     told = f"{plan.method} {ratio:.0%}"
     print(f"pruning: {told}", file=sys.stderr, flush=True)
     model = source.recipe.build_model(source.config, source.facts).eval()
-    before = sum(parameter.numel() for parameter in model.parameters())
-    pruned = _pruned(plan, source, model, ratio)
     settings = read_json(source.path / "config.json")
+    before = _count(dict(model.named_parameters()), _export(source, settings, {}).tensors)
+    pruned = _pruned(plan, source, model, ratio)
     export = _export(source, settings, pruned.shape)
     dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     write_state(folder, pruned.state, export.tensors, DTYPES[dtype])
@@ -107,7 +108,7 @@ def prune(plan: Plan, source: ladder.Source, folder: Path, ratio: float) -> dict
         "method": plan.method,
         "ratio": ratio,
         "parameters_before": before,
-        "parameters": sum(tensor.numel() for tensor in pruned.state.values()),
+        "parameters": _count(pruned.state, export.tensors),
         "recovery_steps": plan.recovery.steps if plan.recovery else 0,
         **pruned.record,
     }
@@ -136,6 +137,11 @@ def _pruned(plan: Plan, source: ladder.Source, model: nn.Module, ratio: float) -
     share = zeros / sum(weight.numel() for weight in weights.values())
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return Pruned(state, {}, {"zeros": zeros, "share_of_zeros": round(share, 4)})
+
+
+def _count(state: Mapping[str, torch.Tensor], table: dict[str, list[Piece]]) -> int:
+    """Count parameters as a folder holds them, without the rows that fill a table up."""
+    return sum(math.prod(piece_shape(piece, tuple(state[name].shape))) for name in table for piece in table[name])
 
 
 def _export(source: ladder.Source, settings: dict[str, Any], shape: dict[str, int]) -> Any:
