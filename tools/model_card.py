@@ -136,8 +136,9 @@ def _points(rungs: list[Rung]) -> list[tuple[str, Measurement]]:
     measured = [rung for rung in rungs if rung.before and rung.after]
     if not measured:
         return []
-    begin = [("as it was", measured[0].before)]
-    return [(name, one) for name, one in [*begin, *((rung.name, rung.after) for rung in measured)] if one is not None]
+    names = ["as it was", *(rung.name for rung in measured)]
+    found = [*(rung.before for rung in measured), measured[-1].after]
+    return [(name, one) for name, one in zip(names, found, strict=True) if one is not None]
 
 
 _CURVE = ("ratio", "figure (95 %)", "parameters", "MB", "ms, batch 1 (p95)")
@@ -213,7 +214,8 @@ def _notes(rungs: list[Rung]) -> list[str]:
     lost = f"{last.drop:+.2f} {last.drop_unit}" if last.drop_unit == "%" else f"{0.0 - last.drop:+.2f} points"
     return [
         f"{after.figure.name} {lost}, {after.num_samples:,} samples of the {after.split} split; milliseconds of "
-        f"{after.latency_of}, median and 95th percentile, {after.threads} thread{'s' * (after.threads > 1)}."
+        f"{after.latency_of}, median and 95th percentile, {after.threads} thread{'s' * (after.threads > 1)}; "
+        "the last two models were timed in turns."
     ]
 
 
