@@ -110,7 +110,7 @@ _SIGNATURES = {
 
 def open_session(folder: Path, threads: int | None = None) -> "LlamaSession":
     """Open the GGUF file that a model folder's deployment.json names."""
-    return LlamaSession(folder / read_json(folder / "deployment.json")["file"], threads)
+    return LlamaSession(folder / Path(read_json(folder / "deployment.json").get("file", "model.gguf")).name, threads)
 
 
 class LlamaSession:
@@ -148,9 +148,8 @@ class LlamaSession:
             rows = slice(start, start + MOST_ROWS)
             texts = [row[kept] for row, kept in zip(tokens[rows], mask[rows], strict=True)]
             with self.lock, self._context(len(texts), tokens.shape[1]) as context:
-                logits[rows][mask[rows]] = self._decode(
-                    context, [Piece(row, 0, text) for row, text in enumerate(texts)]
-                )
+                pieces = [Piece(row, 0, text) for row, text in enumerate(texts)]
+                logits[rows][mask[rows]] = self._decode(context, pieces)
         return {"logits": torch.from_numpy(logits)}
 
     def stream_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int | None]]:
@@ -210,6 +209,8 @@ class LlamaSession:
     @contextlib.contextmanager
     def _context(self, num_rows: int, length: int) -> Iterator[Any]:
         """Set memory aside for rows of up to `length` tokens."""
+        if length > self.max_positions:  # llama.cpp would end the process at a GPT-2's
+            raise UserError("input_ids", f"found {length} tokens; the model has {self.max_positions} positions")
         functions = self.library.functions
         parameters = functions.llama_context_default_params()
         cells = -(-length // CELLS) * CELLS
@@ -232,15 +233,14 @@ class LlamaSession:
         tokens = np.concatenate([np.asarray(piece.tokens, np.int32) for piece in pieces])
         if tokens.min() < 0 or tokens.max() >= self.vocabulary_size:
             raise UserError("input_ids", f"found {tokens.max()}; the vocabulary has {self.vocabulary_size} tokens")
-        positions = np.concatenate([piece.start + np.arange(len(piece.tokens), dtype=np.int32) for piece in pieces])
-        positions = positions.astype(np.int32)
+        positions = np.concatenate([piece.start + np.arange(len(piece.tokens)) for piece in pieces])
         rows = np.repeat(np.array([piece.row for piece in pieces], np.int32), lengths)
         ones, pointers = np.ones_like(rows), rows.ctypes.data + rows.itemsize * np.arange(len(rows), dtype=np.uint64)
         wanted = np.ones(len(rows), np.int8)
         if last_only:
             wanted[:] = 0
             wanted[np.cumsum(lengths) - 1] = 1
-        arrays = (tokens, None, positions, ones, pointers, wanted)
+        arrays = (tokens, None, positions.astype(np.int32), ones, pointers, wanted)
         addresses = [None if array is None else array.ctypes.data for array in arrays]
         functions = self.library.functions
         if status := functions.llama_decode(context, Batch(len(tokens), *addresses)):

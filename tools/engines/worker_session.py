@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.hugging_face import read_json
 from bigbatch.tools.worker import Arrays, Worker
 
@@ -17,9 +18,13 @@ class WorkerSession:
     def __init__(self, environment: str, folder: Path, threads: int | None = None) -> None:
         """Open the file that a model folder's deployment.json names; raise UserError where the engine cannot."""
         deployment = read_json(folder / "deployment.json")
+        if missing := {"file", *LAYOUT} - deployment.keys():
+            raise UserError(
+                str(folder / "deployment.json"), f"has no {min(missing)!r}: it is of no {environment} model"
+            )
         layout = {name: deployment[name] for name in LAYOUT}
         self.worker = Worker(environment, f"bigbatch.tools.engines.{environment}_worker")
-        file = str((folder / deployment["file"]).absolute())
+        file = str((folder / Path(deployment["file"]).name).absolute())
         self.worker.call({"do": "open", "file": file, "layout": layout, "threads": threads})
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -169,3 +169,10 @@ def test_a_truncated_file_is_refused_by_name(exported, tmp_path):
 def test_a_token_outside_the_vocabulary_is_told(exported):
     with pytest.raises(UserError, match="found 999; the vocabulary has 300 tokens"):
         LlamaSession(exported("llama", "f16")[1])(input_ids=torch.tensor([[1, 999]]))
+
+
+def test_a_row_longer_than_the_positions_is_told(exported):
+    session = LlamaSession(exported("gpt2", "f32")[1])
+    assert session(input_ids=torch.ones(1, POSITIONS, dtype=torch.long))["logits"].isfinite().all()
+    with pytest.raises(UserError, match="found 65 tokens; the model has 64 positions"):
+        session(input_ids=torch.ones(1, POSITIONS + 1, dtype=torch.long))

@@ -79,6 +79,12 @@ def test_a_length_beyond_the_positions_is_refused(tmp_path):
         litert_export.make(SimpleNamespace(path=tmp_path), tmp_path, options)
 
 
+def test_a_record_without_a_layout_is_refused_by_name(tmp_path):
+    (tmp_path / "deployment.json").write_text(json.dumps({"format": "litert", "file": "model.tflite"}))
+    with pytest.raises(UserError, match=r"deployment.json: has no 'inputs': it is of no litert model"):
+        import_module("bigbatch.tools.engines.litert_engine").open_session(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 @pytest.mark.parametrize("name", ["litert", "executorch"])
