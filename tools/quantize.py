@@ -19,7 +19,7 @@ from bigbatch.tools.quantization.calibration import calibration_inputs
 from bigbatch.tools.quantization.methods import GROUP_SIZES, METHODS, NF4_BLOCK, Method, runs_here
 from bigbatch.tools.quantization.sensitivity import Sensitivity, measure_layers
 from bigbatch.tools.quantization.smoothing import STEPS, Step, steps_of
-from bigbatch.tools.quantization.writers import check_installed, write
+from bigbatch.tools.quantization.writers import Job, check_installed, write
 
 SENSITIVITY_SAMPLES = 16
 SHOWN_LAYERS = 10
@@ -100,31 +100,34 @@ def quantize(source: ladder.Source, partial: Path, choice: Choice) -> dict[str, 
         if len(indivisible) == len(found):
             message = f"no layer has rows of whole groups of {group_size}; right is --method int8_weight"
             raise UserError(str(source.path), message)
+        kept = of_model.chosen(found, choice.keep) if choice.keep else []
         ignored = [*of_model.heads(model), *indivisible]
-        inputs = []
+        inputs, table = [], []
         if method.is_calibrated or choice.shows_sensitivity or choice.keep_worst:
             inputs = calibration_inputs(source, model, choice.calibration_samples, choice.seed, choice.run)
-        table = _table(model, choice, group_size, ignored, inputs)
-        kept = _kept(found, table, choice)
+        if choice.shows_sensitivity or choice.keep_worst:
+            table = _table(model, choice, group_size, ignored, inputs)
+        kept = of_model.with_fused(found, [*kept, *(one.layer for one in table[: choice.keep_worst])])
+        num_quantized = len(found) - len({*indivisible, *kept})
+        if not num_quantized:
+            raise UserError("--keep-worst" if table else "--keep", f"leaves none of {len(found)} layers to quantize")
         dtype = str(DTYPES[choice.dtype]).removeprefix("torch.") if choice.dtype else "auto"
-        write(folder, partial, choice.method, group_size, [*ignored, *kept], inputs, steps, Path(scratch), dtype)
-    return {
-        "format": "transformers",
-        "record": {
-            "method": choice.method,
-            "library": method.library,
-            "group_size": group_size,
-            "dtype_of_the_rest": choice.dtype,
-            "quantized_layers": len(found) - len({*indivisible, *kept}),
-            "kept_layers": kept,
-            "other_layers_in_full_precision": ignored,
-            "calibration_samples": len(inputs) if method.is_calibrated else 0,
-            "seed": choice.seed,
-            "unfolded": "GPT-2 written as OPT" if folder != source.path else None,
-            "hardware": _hardware_note(method),
-            "sensitivity": [one._asdict() for one in table],
-        },
+        write(Job(folder, partial, choice.method, group_size, [*ignored, *kept], dtype), inputs, steps)
+    record = {
+        "method": choice.method,
+        "library": method.library,
+        "group_size": group_size,
+        "dtype_of_the_rest": choice.dtype,
+        "quantized_layers": num_quantized,
+        "kept_layers": kept,
+        "other_layers_in_full_precision": ignored,
+        "calibration_samples": len(inputs) if method.is_calibrated else 0,
+        "seed": choice.seed,
+        "unfolded": "GPT-2 written as OPT" if folder != source.path else None,
+        "hardware": _hardware_note(method),
+        "sensitivity": [one._asdict() for one in table],
     }
+    return {"format": "transformers", "record": record}
 
 
 def _hardware_note(method: Method) -> str | None:
@@ -157,8 +160,7 @@ def _group_size(method: Method, layers: dict[str, Any], asked: int | None) -> in
 def _table(
     model: Any, choice: Choice, group_size: int | None, ignored: list[str], inputs: list[of_model.Inputs]
 ) -> list[Sensitivity]:
-    if not (choice.shows_sensitivity or choice.keep_worst):
-        return []
+    """Measure, and print, what each layer costs."""
     print("measuring what each layer costs", file=sys.stderr, flush=True)
     table = measure_layers(model, choice.method, group_size, ignored, inputs[:SENSITIVITY_SAMPLES])
     width = max(len(one.layer) for one in table)
@@ -166,13 +168,3 @@ def _table(
     for one in table[: None if choice.shows_sensitivity else SHOWN_LAYERS]:
         print(f"{one.layer:{width}}  {one.parameters:10,}  {one.divergence:.3e}", file=sys.stderr)
     return table
-
-
-def _kept(layers: dict[str, Any], table: list[Sensitivity], choice: Choice) -> list[str]:
-    """Name the layers that stay by choice; raise UserError where that is all of them."""
-    wanted = [one.layer for one in table[: choice.keep_worst]]
-    wanted += of_model.chosen(layers, choice.keep) if choice.keep else []
-    kept = of_model.with_fused(layers, wanted)
-    if len(kept) == len(layers):
-        raise UserError("--keep-worst" if choice.keep_worst else "--keep", f"leaves none of {len(layers)} layers")
-    return kept

@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -22,35 +24,36 @@ MODULES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes", "compressed-ten
 LAST_LINES = 20
 
 
-def write(
-    folder: Path,
-    out: Path,
-    name: str,
-    group_size: int | None,
-    ignored: list[str],
-    inputs: list[Inputs],
-    steps: list[Step],
-    scratch: Path,
-    dtype: str = "auto",
-) -> None:
-    """Write the model of `folder`, quantized, to `out`; the linear layers that are ignored stay as they are.
+class Job(NamedTuple):
+    """What is to be written."""
 
-    `dtype` is what the rest is stored and computed in, "auto" that of the folder. `inputs` are what the model is called
-    with, for a method that is calibrated.
+    folder: Path
+    out: Path
+    method: str
+    group_size: int | None
+    ignored: list[str]
+    """Linear layers that stay as they are."""
+    dtype: str = "auto"
+    """What the rest is stored and computed in, by torch's name; "auto": as in the folder."""
+
+
+def write(job: Job, inputs: Sequence[Inputs] = (), steps: Sequence[Step] = ()) -> None:
+    """Write a folder's model, quantized.
+
+    A method that is calibrated gets what the model is called with; one that smooths, where it can.
     """
-    method = METHODS[name]
+    method = METHODS[job.method]
     if method.library == "llmcompressor":
-        _by_llmcompressor(folder, out, name, group_size, ignored, inputs, steps, scratch, dtype)
+        _by_llmcompressor(job, inputs, steps)
     elif method.library == "compressed-tensors":
-        model = open_model(folder, dtype=dtype)
-        attach(model, method, group_size, ignored)
-        _compress(model, out)
+        model = open_model(job.folder, dtype=job.dtype)
+        attach(model, method, job.group_size, job.ignored)
+        _compress(model, job.out)
     else:
-        model = open_model(folder, dtype=dtype, quantization_config=_config(name, ignored))
-        model.save_pretrained(out)
+        open_model(job.folder, dtype=job.dtype, quantization_config=_config(job)).save_pretrained(job.out)
         if method.library == "torchao":
-            _forget_lone_tensors(out)
-    _name_ignored(out, ignored)
+            _forget_lone_tensors(job.out)
+    _name_ignored(job.out, job.ignored)
 
 
 def _forget_lone_tensors(folder: Path) -> None:
@@ -89,15 +92,16 @@ def check_installed(method: Method) -> None:
         )
 
 
-def _config(name: str, ignored: list[str]) -> Any:
+def _config(job: Job) -> Any:
     import transformers
 
-    if name == "nf4":
+    if job.method == "nf4":
         return transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=ignored,
+            bnb_4bit_compute_dtype=None if job.dtype == "auto" else job.dtype,
+            llm_int8_skip_modules=job.ignored,
         )
     from torchao import quantization
 
@@ -105,7 +109,7 @@ def _config(name: str, ignored: list[str]) -> Any:
         "int8_dynamic": quantization.Int8DynamicActivationInt8WeightConfig,
         "int8_weight": quantization.Int8WeightOnlyConfig,
     }
-    return transformers.TorchAoConfig(kinds[name](), modules_to_not_convert=ignored)
+    return transformers.TorchAoConfig(kinds[job.method](), modules_to_not_convert=job.ignored)
 
 
 def attach(model: nn.Module, method: Method, group_size: int | None, ignored: list[str]) -> list[Any]:
@@ -143,39 +147,22 @@ def _compress(model: Any, out: Path) -> None:
     compressor.update_config(str(out))
 
 
-def _by_llmcompressor(
-    folder: Path,
-    out: Path,
-    name: str,
-    group_size: int | None,
-    ignored: list[str],
-    inputs: list[Inputs],
-    steps: list[Step],
-    scratch: Path,
-    dtype: str,
-) -> None:
+def _by_llmcompressor(job: Job, inputs: Sequence[Inputs], steps: Sequence[Step]) -> None:
     """Run llmcompressor in its own environment."""
     from bigbatch.tools.environments import code_folder, environment
 
-    tensors = {f"{index:06d}.{key}": value for index, one in enumerate(inputs) for key, value in one.items()}
-    save_file(tensors, scratch / "inputs.safetensors")
-    request = {
-        "folder": str(folder),
-        "out": str(out),
-        "method": name,
-        "group_size": group_size,
-        "ignored": ignored,
-        "inputs": str(scratch / "inputs.safetensors"),
-        "steps": [step._asdict() for step in steps],
-        "dtype": dtype,
-    }
-    (scratch / "request.json").write_text(json.dumps(request))
     python = environment("llmcompressor")
-    command = [python, "-m", "bigbatch.tools.quantization.compressor", scratch / "request.json"]
-    log = scratch / "log.txt"
-    with log.open("w") as file:
+    tensors = {f"{index:06d}.{key}": value for index, one in enumerate(inputs) for key, value in one.items()}
+    with tempfile.TemporaryDirectory(dir=job.out.parent) as scratch:
+        place = Path(scratch)
+        save_file(tensors, place / "inputs.safetensors")
+        request = {**job._asdict(), "inputs": place / "inputs.safetensors", "steps": [step._asdict() for step in steps]}
+        (place / "request.json").write_text(json.dumps(request, default=str))
+        command = [python, "-m", "bigbatch.tools.quantization.compressor", place / "request.json"]
         variables = os.environ | {"PYTHONPATH": str(code_folder(python)), "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(command, cwd=scratch, env=variables, stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-        raise RuntimeError(f"llmcompressor ended with status {done.returncode}:\n{last}")
+        log = place / "log.txt"
+        with log.open("w") as file:
+            done = subprocess.run(command, cwd=place, env=variables, stdout=file, stderr=file, check=False)
+        if done.returncode:
+            last = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+            raise RuntimeError(f"llmcompressor ended with status {done.returncode}:\n{last}")

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigbatch.tools.quantization import layers
-from bigbatch.tools.quantization.writers import write
+from bigbatch.tools.quantization.writers import Job, write
 
 TOKENS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
 KEPT = ["lm_head", "model.layers.0.mlp.down_proj"]
@@ -23,7 +23,7 @@ def quantized(tmp_path_factory):
     folder = out / "original"
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     for method in ERRORS:
-        write(folder, out / method, method, 32 if method == "int4_weight" else None, KEPT, [], [], out)
+        write(Job(folder, out / method, method, 32 if method == "int4_weight" else None, KEPT))
     return folder, out
 
 
@@ -67,7 +67,7 @@ def test_four_bits_are_two_weights_a_byte_and_each_the_nearest_of_sixteen(quanti
 def test_a_tensor_outside_any_module_does_not_keep_torchaos_folder_from_being_read(tiny_folder, tmp_path):
     folder = tiny_folder("summarize_written")[1]
     assert "final_logits_bias" in load_file(folder / "model.safetensors")
-    write(folder, tmp_path / "out", "int8_weight", None, ["lm_head"], [], [], tmp_path)
+    write(Job(folder, tmp_path / "out", "int8_weight", None, ["lm_head"]))
     sources = {"input_ids": TOKENS % 50, "decoder_input_ids": TOKENS[:, :9] % 50}
     with torch.no_grad():
         right, found = (layers.open_model(one)(**sources).logits for one in (folder, tmp_path / "out"))
@@ -79,7 +79,7 @@ def test_an_image_models_kept_layer_is_found_by_its_name_in_memory(tiny_folder, 
     model = layers.open_model(folder)
     kept = layers.with_fused(layers.linear_layers(model), ["vit.layers.0.attention.q_proj"])
     assert len(kept) == 3
-    write(folder, tmp_path / "out", "int4_weight", 32, [*layers.heads(model), *kept], [], [], tmp_path)
+    write(Job(folder, tmp_path / "out", "int4_weight", 32, [*layers.heads(model), *kept]))
     pixels = torch.randn(2, model.config.num_channels, model.config.image_size, model.config.image_size)
     with torch.no_grad():
         both = (model, layers.open_model(tmp_path / "out"))
