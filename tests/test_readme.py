@@ -21,6 +21,7 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "ds_configs/README.md",
         ROOT / "slurm/README.md",
+        ROOT / "tools/quantization/README.md",
         *ROOT.glob("recipes/*/README.md"),
     ]
 }
