@@ -156,6 +156,7 @@ def _measure(path: Path, options: Options, turns: Iterable[None]) -> tuple[Measu
     import torch
 
     from bigbatch.recipes.core import recipe as recipes
+    from bigbatch.recipes.core.foreign import session_of
     from bigbatch.tools.opened import open_model
 
     torch.set_num_threads(options.threads)
@@ -173,7 +174,7 @@ def _measure(path: Path, options: Options, turns: Iterable[None]) -> tuple[Measu
         latency, latency_of = _latency(opened, samples, ids, turns)
         peak = max(opening, resident + _memory("VmHWM") - idle)
         judged = _judge(opened, data, samples, ids)
-    in_worker = getattr(getattr(opened.model, "session", None), "peak_bytes", None)
+    in_worker = getattr(session_of(opened.model), "peak_bytes", None)
     return Measurement(
         judged.figure,
         judged.figures,

@@ -67,6 +67,11 @@ class Foreign(nn.Module):
         self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
+def session_of(model: nn.Module) -> Any:
+    """Return the session that runs a model, wherever in it that stands; None where it is native."""
+    return next((module.session for module in model.modules() if isinstance(module, Foreign)), None)
+
+
 class ForeignEncoder(Foreign):
     """Stands in for an Encoder together with the head behind it: gives a session's outputs instead of hidden states.
 

@@ -13,6 +13,7 @@ import torch
 
 from bigbatch.recipes.core.checkpoint import MANIFEST
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.foreign import session_of
 from bigbatch.recipes.core.generate import Sampling
 from bigbatch.recipes.core.models.hugging_face import read_json
 from bigbatch.recipes.core.recipe import further
@@ -111,7 +112,7 @@ def fields_of(opened: Opened) -> Fields:
 
 
 def _engine(path: Path, model: Any) -> str:
-    return format_of(path) if hasattr(model, "session") else "torch"
+    return "torch" if session_of(model) is None else format_of(path)
 
 
 def _open_generating(path: Path, dtype: str | None, threads: int | None) -> Generating:
