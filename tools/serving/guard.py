@@ -42,6 +42,7 @@ class Guard:
         self.pace_seconds = 0.0  # between two answers while there is work
         self.last_end = 0.0
         self.is_stopping = False
+        telemetry.running.set_function(self.running.total)
 
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
         """Answer a request, or refuse it."""
@@ -68,7 +69,9 @@ class Guard:
                 app = self.direct.get(scope["path"], self.app)
                 await app(scope, self._bounded(receive, begin), note_status)
             finally:
-                self.running -= Counter([client])  # keeps no zero
+                self.running[client] -= 1
+                if not self.running[client]:
+                    del self.running[client]
                 self._note_pace(status)
         except RefusedError as refusal:
             await refuse(note_status, refusal)
@@ -79,9 +82,9 @@ class Guard:
             await refuse(note_status, RefusedError(500, f"the model failed: {type(error).__name__}"))
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
-            self.telemetry.requests.labels(path, status).inc()
-            self.telemetry.seconds.labels(path).observe(time.perf_counter() - begin)
-            self.telemetry.running.set(self.running.total())
+            requests, seconds = self.telemetry.of_request(path, status)
+            requests.inc()
+            seconds.observe(time.perf_counter() - begin)
 
     def _check(self, scope: Message, client: str, is_work: bool) -> None:
         """Raise RefusedError for what is not to be looked at."""
@@ -126,7 +129,8 @@ class Guard:
                 return await receive()
             try:
                 left = self.limits.seconds - (time.perf_counter() - begin)
-                message = await asyncio.wait_for(receive(), max(left, 0.0))
+                async with asyncio.timeout(max(left, 0.0)):
+                    message = await receive()
             except TimeoutError:
                 raise RefusedError(503, "the body took too long to come") from None
             seen += len(message.get("body", b""))

@@ -1,5 +1,8 @@
 """What `/metrics` tells, in a registry of the server's own."""
 
+import functools
+from typing import Any
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -32,4 +35,8 @@ class Telemetry:
             "bigbatch_batch_size", "Rows in one pass of the model", buckets=SIZES, registry=registry
         )
         self.model_seconds = Counter("bigbatch_model_seconds", "Time in the model", registry=registry)
+        self.of_request = functools.cache(self._of_request)
         self.tokens = Counter("bigbatch_tokens", "Tokens by kind: prompt, written", ["kind"], registry=registry)
+
+    def _of_request(self, path: str, status: int) -> tuple[Any, Any]:
+        return self.requests.labels(path, status), self.seconds.labels(path)
