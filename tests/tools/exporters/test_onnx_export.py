@@ -189,6 +189,21 @@ def test_a_run_of_a_recipe_without_a_class_of_transformers_is_exported(tiny_fold
     assert record["largest_difference"] < 2e-5 * record["largest_output"]
 
 
+@pytest.mark.parametrize("kind", ["entities", "translate", "classify_images"])
+def test_a_recipe_finds_in_an_exported_folder_the_loss_of_its_run(kind: str, tiny_folder: Any, tmp_path: Path) -> None:
+    run, converted = tiny_folder(kind)
+    assert export.main([str(converted), str(tmp_path / "out"), "--format", "onnx", "--no-measure"]) == 0
+
+    native, foreign = open_model(run), open_model(tmp_path / "out", threads=1)
+    samples = native.recipe.open_data(native.config).validation
+    arrays = samples.batch(np.arange(samples.num_samples), np.zeros(samples.num_samples, np.int64))
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    with torch.no_grad():
+        expected, found = (one.recipe.loss(one.model, batch) for one in (native, foreign))
+    assert found.num_targets == expected.num_targets
+    torch.testing.assert_close(found.sum, expected.sum)
+
+
 def test_a_model_writes_the_same_when_exported(tiny_folder: Any, tmp_path: Path) -> None:
     run, converted = tiny_folder("gpt_llama")
     arguments = [str(converted), str(tmp_path / "out"), "--format", "onnx", "--no-measure"]
@@ -241,6 +256,14 @@ def test_what_cannot_be_written_is_told(flags: list[str], message: str, tiny_fol
 
     assert str(caught.value) == message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_folder_is_refused(folder_of: Any, tmp_path: Path) -> None:
+    config = json.loads((folder_of("gpt2") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+
+    with pytest.raises(UserError, match="is quantized; right is the folder that it was made from"):
+        exported(tmp_path, tmp_path / "out")
 
 
 def test_a_model_without_a_graph_and_a_damaged_file_are_refused(folder_of: Any, tmp_path: Path) -> None:
