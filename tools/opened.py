@@ -54,7 +54,7 @@ def open_model(
     what is no model, would run code of its own, or is damaged; with `must_predict` also for a model of a recipe without
     a predictor.
     """
-    if torch.cuda.is_available() is False:  # else DeepSpeed, which transformers imports, prints that it had to guess
+    if not torch.cuda.is_available():  # else DeepSpeed, which transformers imports, prints that it had to guess
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if (path / CONFIG_FILE).is_file():
         return _open_folder(path, threads, must_predict, recipe_name)
@@ -68,15 +68,20 @@ def open_model(
 
 def open_session(folder: Path, threads: int | None = None) -> Session:
     """Open a checked model folder in the engine of its format; a plain one in transformers."""
-    engine = importlib.import_module(f"bigbatch.tools.engines.{ENGINES[format_of(folder)]}_engine")
-    return engine.open_session(folder, threads)
+    kind = format_of(folder)
+    engine = importlib.import_module(f"bigbatch.tools.engines.{ENGINES[kind]}_engine")
+    try:
+        return engine.open_session(folder, threads)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise UserError(str(folder / DEPLOYMENT_FILE), f"describes no model in the format {kind} ({why})")
 
 
 def format_of(folder: Path) -> str:
     """Return the format that a model folder's deployment.json names; "transformers" without one."""
     path = folder / DEPLOYMENT_FILE
     found = read_json(path).get("format") if path.exists() else "transformers"
-    if found not in ENGINES:
+    if not isinstance(found, str) or found not in ENGINES:
         raise UserError(str(path), f"format is {found!r}; right is one of {', '.join(ENGINES)}")
     return found
 
@@ -109,11 +114,15 @@ def check_config(folder: Path) -> None:
 def check_weights(folder: Path) -> None:
     """Raise UserError for a folder that has pickles for weights, or damaged files."""
     if format_of(folder) != "transformers":
+        _check_inside(folder)
         return
     index = folder / INDEX_FILE
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
-    if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+    table = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(table, dict) or not table:
+        raise UserError(str(index), "has no weight_map, which says where each tensor lies")
+    if strange := [name for name in table.values() if not isinstance(name, str) or Path(name).name != name]:
         raise UserError(str(index), f"names the file {strange[0]!r}, which does not lie in the folder")
+    names = sorted(set(table.values()))
     if not index.exists() and not (folder / names[0]).is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         found = f"has its weights in {pickles[0]}, a pickle, which may run code" if pickles else "has no weights"
@@ -124,6 +133,16 @@ def check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(str(folder / name), f"is damaged, or no safetensors file ({error})") from None
+
+
+def _check_inside(folder: Path) -> None:
+    """Raise UserError where deployment.json names a file outside of its folder."""
+    document = read_json(folder / DEPLOYMENT_FILE)
+    for value in (document[key] for key in ("file", "files") if key in document):
+        names = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if outside := [name for name in names if Path(str(name)).is_absolute() or ".." in Path(str(name)).parts]:
+            found = f"names the file {outside[0]!r}, which does not lie in the folder"
+            raise UserError(str(folder / DEPLOYMENT_FILE), found)
 
 
 def _open_folder(folder: Path, threads: int | None, must_predict: bool, recipe_name: str | None) -> Opened:

@@ -108,6 +108,10 @@ def lead_outside(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
 
 
+def put(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
 def change_config(**settings):
     def change(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -136,13 +140,29 @@ def lose_a_tensor(folder):
         (truncate, r"model.safetensors: is damaged, or no safetensors file"),
         (pickle_weights, r"weights in pytorch_model.bin, a pickle, which may run code; right is model.safetensors"),
         (lead_outside, r"names the file '../../secret.safetensors', which does not lie in the folder"),
+        (
+            put("model.safetensors.index.json", '{"weight_map": [1]}'),
+            r"has no weight_map",
+        ),
+        (
+            put("deployment.json", '{"format": ["onnx"]}'),
+            r"format is \['onnx'\]; right",
+        ),
+        (
+            put("deployment.json", '{"format": "gguf"}'),
+            r"describes no model in the form",
+        ),
+        (
+            put("deployment.json", '{"format": "gguf", "file": "../../a.gguf"}'),
+            r"names the file '../../a.gguf', which does not lie in the folder",
+        ),
         (change_config(auto_map={"AutoModel": "evil.Model"}), r"has 'auto_map', which asks for code of its own"),
         (change_config(architectures=["NoSuchModel"]), r"holds NoSuchModel, which no recipe predicts with"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), r"config.json: holds a list, not an object"),
+        (put("config.json", "[1]"), r"config.json: holds a list, not an object"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights; right is model.safetensors"),
         (change_record(run=[]), r"conversion.json: run is a list, not an object"),
         (change_record(run={"data": {"evil": 1}}), r"describe no model \(data\.\w+: "),
-        (lambda folder: (folder / "conversion.json").write_text("{"), r"conversion.json: cannot be read"),
+        (put("conversion.json", "{"), r"conversion.json: cannot be read"),
         (change_config(id2label=7), r"describe no model \(TypeError"),
         (change_config(vocab_size="many"), r"says no vocab_size"),
         (change_config(hidden_size=10**9), r"hidden_size is 1,000,000,000, but the weights are 41 tensors of"),
