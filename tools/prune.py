@@ -23,12 +23,12 @@ from bigbatch.tools import ladder
 from bigbatch.tools.convert import write_state, write_text
 from bigbatch.tools.measure import Measurement, Options, measure
 from bigbatch.tools.pruning.recovery import Recovery, recover
-from bigbatch.tools.pruning.structured import Pruned, without_layers, without_units
+from bigbatch.tools.pruning.structured import Pruned, without_heads, without_layers, without_units
 from bigbatch.tools.pruning.training_data import training_batches
 from bigbatch.tools.pruning.unstructured import apply_masks, magnitudes, masks, movements, prunable, two_of_four
 
-METHODS = ("magnitude", "movement", "2:4", "feed_forward", "layers")
-STRUCTURED = ("feed_forward", "layers")
+METHODS = ("magnitude", "movement", "2:4", "heads", "feed_forward", "layers")
+STRUCTURED = ("heads", "feed_forward", "layers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,7 +42,9 @@ def main(argv: list[str]) -> int:
         "--scope", choices=("global", "layer"), help="magnitude: compared in all matrices (default), or each"
     )
     pruning.add_argument(
-        "--importance", choices=("taylor", "magnitude"), help="feed_forward: by the loss (default), or by the weights"
+        "--importance",
+        choices=("taylor", "magnitude"),
+        help="heads, feed_forward: by the loss (default), or by the weights",
     )
     pruning.add_argument("--score-steps", type=count, metavar="N", help="batches that scores come from (default 32)")
     pruning.add_argument("--recover", type=count, metavar="STEPS", help="train so many steps on what is left")
@@ -120,9 +122,10 @@ def _pruned(plan: Plan, source: ladder.Source, model: nn.Module, ratio: float) -
     def batches() -> Any:
         return training_batches(source, plan.score_steps, plan.seed, plan.run)
 
-    if plan.method == "feed_forward":
+    if plan.method in ("heads", "feed_forward"):
         scoring = list(batches()) if plan.importance == "taylor" else None
-        return without_units(source.recipe, model, scoring, ratio)
+        take = without_heads if plan.method == "heads" else without_units
+        return take(source.recipe, model, scoring, ratio)
     if plan.method == "layers":
         return without_layers(source.recipe, model, list(batches()), ratio)
     if plan.method == "movement":
@@ -175,7 +178,7 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.ratio = 0.5
     rules: tuple[tuple[str, Callable[[], bool], str], ...] = (
         ("scope", lambda: method == "magnitude", "--method magnitude"),
-        ("importance", lambda: method == "feed_forward", "--method feed_forward"),
+        ("importance", lambda: method in ("heads", "feed_forward"), "--method heads or feed_forward"),
         ("score_steps", lambda: method in ("movement", *STRUCTURED), "movement or a structured method"),
         ("recover_rate", lambda: arguments.recover is not None, "--recover"),
         ("curve", lambda: not arguments.no_measure, "measuring, not --no-measure"),

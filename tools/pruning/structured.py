@@ -1,6 +1,6 @@
-"""Whole parts go, and the model becomes smaller: units of the feed-forward layers, or layers.
+"""Whole parts go, and the model becomes smaller: units of the feed-forward layers, heads, or layers.
 
-Every layer keeps equally many units, so that config.json can say how many, and any program can load the folder.
+Every layer keeps equally many, so that config.json can say how many, and any program can load the folder.
 """
 
 import re
@@ -44,7 +44,7 @@ def without_units(recipe: Any, model: nn.Module, batches: list[Batch] | None, ra
     kept = max(MULTIPLE, round(size * (1 - ratio) / MULTIPLE) * MULTIPLE)
     if kept >= size:
         raise UserError("--ratio", f"found {ratio}; of {size} units {size - MULTIPLE} at most are to stay")
-    importance = _taylor(recipe, model, batches, downs) if batches else _norms(state, downs)
+    importance = _taylor(recipe, model, batches, downs, 1) if batches else _norms(state, downs)
     chosen = {prefix: own.topk(kept).indices.sort().values for prefix, own in importance.items()}
     for name, (prefix, part, kind) in ((name, match.groups()) for name, match in found.items()):
         units, tensor = chosen[prefix], state[name]
@@ -55,6 +55,39 @@ def without_units(recipe: Any, model: nn.Module, batches: list[Batch] | None, ra
         elif kind == "weight":
             state[name] = tensor[:, units]
     return Pruned(state, {"feed_forward_size": kept}, {"units": f"{size} -> {kept}"})
+
+
+def without_heads(recipe: Any, model: nn.Module, batches: list[Batch] | None, ratio: float) -> Pruned:
+    """Take the share `ratio` of the heads out of every layer, each key's with all the queries that it answers.
+
+    They matter as units do. The heads that stay keep their size, which only a llama's config.json can say.
+    """
+    section: Any = getattr(model, "section", None)
+    if getattr(section, "family", None) != "llama" or section.num_experts > 1:
+        message = (
+            "heads takes a llama; transformers' other classes derive a head's size; right is feed_forward or layers"
+        )
+        raise UserError("--method", message)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    outs = {name.removesuffix("out.weight"): name for name in state if name.endswith("attention.out.weight")}
+    count, size = section.key_value_heads, section.head_size
+    width = size * section.num_heads // count
+    kept = round(count * (1 - ratio))
+    if not 0 < kept < count:
+        raise UserError("--ratio", f"found {ratio}; of {count} heads (of keys) {kept} would stay")
+    if batches:
+        importance = _taylor(recipe, model, batches, outs, width)
+    else:
+        importance = {prefix: state[name].square().sum(0).view(count, -1).sum(1) for prefix, name in outs.items()}
+    for prefix, own in importance.items():
+        chosen = own.topk(kept).indices.sort().values
+        queries, *others = state[f"{prefix}qkv.weight"].split((count * width, count * size, count * size))
+        parts = [queries.view(count, width, -1), *(part.view(count, size, -1) for part in others)]
+        state[f"{prefix}qkv.weight"] = torch.cat([part[chosen].flatten(0, 1) for part in parts])
+        out = state[f"{prefix}out.weight"]
+        state[f"{prefix}out.weight"] = out.view(len(out), count, width)[:, chosen].flatten(1)
+    shape = {"num_heads": kept * width // size, "num_key_value_heads": kept, "head_dim": size}
+    return Pruned(state, shape, {"heads": f"{section.num_heads} -> {shape['num_heads']}"})
 
 
 def without_layers(recipe: Any, model: nn.Module, batches: list[Batch], ratio: float) -> Pruned:
@@ -105,16 +138,18 @@ def _take_least(recipe: Any, model: nn.Module, stack: Any, batches: list[Batch])
     return least
 
 
-def _taylor(recipe: Any, model: nn.Module, batches: list[Batch], downs: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Return for each layer the sum over batches of (sum of weight x gradient of what a unit adds)^2, [F]."""
+def _taylor(
+    recipe: Any, model: nn.Module, batches: list[Batch], downs: dict[str, str], width: int
+) -> dict[str, torch.Tensor]:
+    """Return for each layer the sum over batches of (sum of weight x gradient of `width` inputs of its matrix)^2."""
     parameters = dict(model.named_parameters())
-    found = {prefix: torch.zeros(parameters[name].shape[1]) for prefix, name in downs.items()}
+    found = {prefix: torch.zeros(parameters[name].shape[1] // width) for prefix, name in downs.items()}
     for batch in batches:
         compute_gradients(recipe, model, batch)
         for prefix, name in downs.items():
             weight = parameters[name]
             if weight.grad is not None:
-                found[prefix] += (weight.detach() * weight.grad).sum(0).square()
+                found[prefix] += (weight.detach() * weight.grad).sum(0).view(-1, width).sum(1).square()
     return found
 
 

@@ -19,6 +19,8 @@ class DecoderSection(Section):
     num_heads: PositiveInt = 12
     num_key_value_heads: PositiveInt | None = None
     """llama: heads of keys and values (grouped-query attention); by default as many as `num_heads`."""
+    head_dim: PositiveInt | None = None
+    """llama: numbers a head, by default hidden_size / num_heads; a model that has lost heads keeps their size."""
     feed_forward_size: PositiveInt | None = None
     """By default 4 times the hidden size (gpt2), 8/3 times rounded up to a multiple of 64 (llama)."""
     num_experts: PositiveInt = 1
@@ -52,8 +54,10 @@ class DecoderSection(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.hidden_size % self.num_heads:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.family == "gpt2" and self.hidden_size != self.num_heads * self.head_size:
+            raise ValueError("head_dim is for the llama family: gpt2's heads have hidden_size numbers together")
         if self.num_heads % self.key_value_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_key_value_heads {self.key_value_heads}"
@@ -61,7 +65,8 @@ class DecoderSection(Section):
         if self.family == "gpt2" and self.key_value_heads != self.num_heads:
             raise ValueError("num_key_value_heads is for the llama family: gpt2 has as many as num_heads")
         if self.family == "llama" and self.head_size % 2:
-            raise ValueError(f"rotary positions need heads of an even size, not {self.hidden_size} / {self.num_heads}")
+            size = self.head_dim or f"{self.hidden_size} / {self.num_heads}"
+            raise ValueError(f"rotary positions need heads of an even size, not {size}")
         return self
 
     @model_validator(mode="after")
@@ -84,7 +89,7 @@ class DecoderSection(Section):
     @property
     def head_size(self) -> int:
         """Numbers a head."""
-        return self.hidden_size // self.num_heads
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def key_value_heads(self) -> int:

@@ -215,9 +215,9 @@ class Attention(nn.Module):
         self.head_size = section.head_size
         self.dropout = section.dropout
         bias, size = section.family == "gpt2", section.hidden_size
-        key_rows = section.key_value_heads * section.head_size
-        self.qkv = ColumnLinear(size, (size, key_rows, key_rows), bias, section.initializer_range, tensor)
-        self.out = RowLinear(size, size, bias, _residual_deviation(section), tensor)
+        rows, key_rows = (count * section.head_size for count in (section.num_heads, section.key_value_heads))
+        self.qkv = ColumnLinear(size, (rows, key_rows, key_rows), bias, section.initializer_range, tensor)
+        self.out = RowLinear(rows, size, bias, _residual_deviation(section), tensor)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         """Mix the hidden states [B, T, D] of a row's tokens."""
@@ -496,6 +496,9 @@ def section_from_hugging_face(config: dict[str, Any]) -> DecoderSection:
     values = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
     values.setdefault("tie_embeddings", family == "gpt2")
     if family == "llama":
+        size, count = config.get("head_dim"), config.get("num_attention_heads")
+        if isinstance(size, int) and isinstance(count, int) and size * count != config["hidden_size"]:
+            values["head_dim"] = size  # it has lost heads
         values["rope_theta"] = _rope_theta(config, 1e6 if kind == "mixtral" else 1e4)
     if kind == "mixtral":
         values.setdefault("num_experts", 8)
@@ -505,8 +508,6 @@ def section_from_hugging_face(config: dict[str, Any]) -> DecoderSection:
         problem = error.errors()[0]
         key = names.get(str(problem["loc"][0]), "") if problem["loc"] else ""
         raise UserError("config.json", f"{key}: {problem['msg']}".lstrip(": ")) from None
-    if config.get("head_dim") not in (None, section.head_size):
-        raise UserError("config.json", f"head_dim is {config['head_dim']}; the native {kind} has {section.head_size}")
     return section
 
 
@@ -536,8 +537,8 @@ def load_hugging_face(model: Decoder, folder: Path, vocabulary_size: int | None 
 
 def check_shape(section: DecoderSection, found: DecoderSection, folder: Path) -> None:
     """Raise UserError where the model found in a folder is of another shape than a section says."""
-    keys = ["family", "num_layers", "hidden_size", "num_heads", "key_value_heads", "inner_size", "max_positions"]
-    keys += ["tie_embeddings", "norm_epsilon"] + ["rope_theta"] * (section.family == "llama")
+    keys = ["family", "num_layers", "hidden_size", "num_heads", "key_value_heads", "head_size", "inner_size"]
+    keys += ["max_positions", "tie_embeddings", "norm_epsilon"] + ["rope_theta"] * (section.family == "llama")
     keys += ["num_experts", *["experts_per_token", "expert_interval"] * (section.num_experts > 1)]
     for key in keys:
         ours, theirs = getattr(section, key), getattr(found, key)
@@ -579,7 +580,11 @@ _FIELDS["opt"] = {
     "max_positions": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
-_KEYS = {"key_value_heads": "num_key_value_heads", "inner_size": "feed_forward_size"}  # of the run document
+_KEYS = {
+    "key_value_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "inner_size": "feed_forward_size",
+}  # of the run document
 # What config.json may say where our families have no choice; the first is what a missing key means.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt2": {
@@ -628,9 +633,10 @@ def _llama_layer(section: DecoderSection, index: int) -> dict[str, list[Piece]]:
     ours, theirs, size = f"blocks.{index}", f"model.layers.{index}", section.hidden_size
     table = _norm_pieces(section, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
     table |= _norm_pieces(section, f"{ours}.feed_forward_norm", f"{theirs}.post_attention_layernorm")
-    key_rows, inner = section.key_value_heads * section.head_size, section.inner_size
+    rows, key_rows = (count * section.head_size for count in (section.num_heads, section.key_value_heads))
+    inner = section.inner_size
     layers: list[tuple[str, tuple[tuple[str, int], ...]]] = [
-        ("attention.qkv", (("self_attn.q_proj", size), ("self_attn.k_proj", key_rows), ("self_attn.v_proj", key_rows))),
+        ("attention.qkv", (("self_attn.q_proj", rows), ("self_attn.k_proj", key_rows), ("self_attn.v_proj", key_rows))),
         ("attention.out", (("self_attn.o_proj", size),)),
     ]
     if section.has_experts(index):

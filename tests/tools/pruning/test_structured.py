@@ -4,6 +4,7 @@ import transformers
 
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.tools import ladder
+from bigbatch.tools.opened import open_model
 from bigbatch.tools.prune import Plan, prune
 from bigbatch.tools.pruning.structured import without_units
 
@@ -38,6 +39,32 @@ def test_without_units_transformers_computes_what_it_does_with_these_units_at_ze
         assert own.mlp.down_proj.weight.shape[1] == len(norms) - len(least)
         theirs.mlp.down_proj.weight.data[:, least] = 0
     assert torch.allclose(logits(smaller), logits(whole), atol=1e-5)
+
+
+def test_without_heads_transformers_computes_what_it_does_with_these_heads_at_zero(tiny_folder, tmp_path):
+    source, record, made = pruned(tiny_folder("gpt_llama")[1], tmp_path, "heads", 0.5)
+    smaller, whole = opened(made), opened(source.path)
+    assert record["heads"] == "4 -> 2"
+    assert (smaller.config.num_attention_heads, smaller.config.num_key_value_heads, smaller.config.head_dim) == (
+        2,
+        1,
+        8,
+    )
+    for own, theirs in zip(smaller.model.layers, whole.model.layers, strict=True):
+        assert own.self_attn.q_proj.weight.shape == (16, 32)
+        out = theirs.self_attn.o_proj.weight
+        least = out.square().sum(0).view(2, 16).sum(1).argmin()  # of two key heads with two queries each
+        out.data[:, 16 * least : 16 * (least + 1)] = 0
+    assert torch.allclose(logits(smaller), logits(whole), atol=1e-5)
+    ladder.carry(source.path, made)
+    native = open_model(made).model
+    with torch.no_grad():
+        assert torch.allclose(native(TOKENS), logits(smaller), atol=1e-5)
+
+
+def test_heads_are_not_taken_where_config_json_could_not_say_so(tiny_folder, tmp_path):
+    with pytest.raises(UserError, match="--method: heads takes a llama"):
+        pruned(tiny_folder("gpt_gpt2")[1], tmp_path, "heads", 0.5)
 
 
 def test_without_layers_transformers_computes_what_it_does_with_them_taken_out(tiny_folder, tmp_path):

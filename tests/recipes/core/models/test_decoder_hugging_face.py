@@ -156,7 +156,6 @@ def test_the_names_and_buffers_of_the_first_gpt2_folders_are_understood(tmp_path
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "type 'linear'"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "type 'llama3'; the native llama"),
         ("llama", {"attention_bias": True}, "attention_bias is True; the native llama has False"),
-        ("llama", {"head_dim": 16}, "head_dim is 16; the native llama has 8"),
         ("llama", {"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_key_value_heads 3"),
         ("llama", {"hidden_size": "32"}, "hidden_size: Input should be a valid integer"),
         ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'; the native gpt2 has 'gelu_new'"),
