@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     token = check_token(arguments.host, arguments.token or os.environ.get(TOKEN_VARIABLE))
     if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
         raise UserError("bigbatch serve", f"needs {missing[0]}; right is: pip install 'bigbatch[train,serve]'")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # waking threads for a few texts takes longer than they do
     from bigbatch.tools.serving.app import build_server
     from bigbatch.tools.serving.opening import in_engine, open_served
 
