@@ -115,6 +115,8 @@ def _add_section(writer: Any, section: DecoderSection, config: dict[str, Any]) -
     writer.add_layer_norm_rms_eps(section.norm_epsilon)
     writer.add_rope_freq_base(section.rope_theta)
     writer.add_rope_dimension_count(section.head_size)
+    writer.add_key_length(section.head_size)
+    writer.add_value_length(section.head_size)
     if section.num_experts > 1:
         writer.add_expert_count(section.num_experts)
         writer.add_expert_used_count(section.experts_per_token)

@@ -85,6 +85,11 @@ def test_a_tied_llama_in_float16_has_no_matrix_twice(exported):
     assert deployment["record"]["largest_difference"] < 0.01 * deployment["record"]["largest_logit"]
 
 
+def test_a_llama_with_heads_of_a_size_of_their_own_is_the_same(exported):
+    record = exported("llama", "f32", head_dim=32)[0]["record"]
+    assert record["largest_difference"] < 0.004 * record["largest_logit"]
+
+
 def test_a_gpt2_whose_tensors_have_no_prefix_is_the_same(folder, exported, tmp_path):
     whole, bare = folder("gpt2"), tmp_path / "bare"
     transformers.AutoModelForCausalLM.from_pretrained(whole).transformer.save_pretrained(bare)
