@@ -68,13 +68,8 @@ def open_model(
 
 def open_session(folder: Path, threads: int | None = None) -> Session:
     """Open a checked model folder in the engine of its format; a plain one in transformers."""
-    kind = format_of(folder)
-    engine = importlib.import_module(f"bigbatch.tools.engines.{ENGINES[kind]}_engine")
-    try:
-        return engine.open_session(folder, threads)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}"
-    raise UserError(str(folder / DEPLOYMENT_FILE), f"describes no model in the format {kind} ({why})")
+    engine = importlib.import_module(f"bigbatch.tools.engines.{ENGINES[format_of(folder)]}_engine")
+    return engine.open_session(folder, threads)
 
 
 def format_of(folder: Path) -> str:
@@ -114,7 +109,6 @@ def check_config(folder: Path) -> None:
 def check_weights(folder: Path) -> None:
     """Raise UserError for a folder that has pickles for weights, or damaged files."""
     if format_of(folder) != "transformers":
-        _check_inside(folder)
         return
     index = folder / INDEX_FILE
     table = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
@@ -133,16 +127,6 @@ def check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(str(folder / name), f"is damaged, or no safetensors file ({error})") from None
-
-
-def _check_inside(folder: Path) -> None:
-    """Raise UserError where deployment.json names a file outside of its folder."""
-    document = read_json(folder / DEPLOYMENT_FILE)
-    for value in (document[key] for key in ("file", "files") if key in document):
-        names = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        if outside := [name for name in names if Path(str(name)).is_absolute() or ".." in Path(str(name)).parts]:
-            found = f"names the file {outside[0]!r}, which does not lie in the folder"
-            raise UserError(str(folder / DEPLOYMENT_FILE), found)
 
 
 def _open_folder(folder: Path, threads: int | None, must_predict: bool, recipe_name: str | None) -> Opened:

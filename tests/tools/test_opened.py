@@ -140,22 +140,9 @@ def lose_a_tensor(folder):
         (truncate, r"model.safetensors: is damaged, or no safetensors file"),
         (pickle_weights, r"weights in pytorch_model.bin, a pickle, which may run code; right is model.safetensors"),
         (lead_outside, r"names the file '../../secret.safetensors', which does not lie in the folder"),
-        (
-            put("model.safetensors.index.json", '{"weight_map": [1]}'),
-            r"has no weight_map",
-        ),
-        (
-            put("deployment.json", '{"format": ["onnx"]}'),
-            r"format is \['onnx'\]; right",
-        ),
-        (
-            put("deployment.json", '{"format": "gguf"}'),
-            r"describes no model in the form",
-        ),
-        (
-            put("deployment.json", '{"format": "gguf", "file": "../../a.gguf"}'),
-            r"names the file '../../a.gguf', which does not lie in the folder",
-        ),
+        (put("model.safetensors.index.json", '{"weight_map": [1]}'), r"has no weight_map"),
+        (put("deployment.json", '{"format": ["onnx"]}'), r"format is \['onnx'\]; right"),
+        (put("deployment.json", '{"format": "litert"}'), r"deployment.json: has no 'file': it is of no litert model"),
         (change_config(auto_map={"AutoModel": "evil.Model"}), r"has 'auto_map', which asks for code of its own"),
         (change_config(architectures=["NoSuchModel"]), r"holds NoSuchModel, which no recipe predicts with"),
         (put("config.json", "[1]"), r"config.json: holds a list, not an object"),
