@@ -20,7 +20,7 @@ from bigbatch.recipes.core.recipe import further
 from bigbatch.recipes.core.run_home import enter_home
 from bigbatch.tools import generate
 from bigbatch.tools.export import main as export
-from bigbatch.tools.opened import CONFIG_FILE, Opened, format_of, open_model
+from bigbatch.tools.opened import CONFIG_FILE, Opened, check_config, format_of, open_model
 from bigbatch.tools.predict import Fields, Predict
 
 FORMATS = {"torch": "transformers", "onnx": "onnx", "llama.cpp": "gguf"}
@@ -62,6 +62,8 @@ def open_served(path: Path, name: str | None = None, dtype: str | None = None, t
     name = name or path.resolve().name
     if threads:
         torch.set_num_threads(threads)
+    if (path / CONFIG_FILE).is_file():
+        check_config(path)
     if writes(path):
         generating = _open_generating(path, dtype, threads)
         recipe_name = "dialogue" if generating.chat else "gpt"

@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,3 +71,11 @@ def test_a_mistake_is_told_before_anything_is_opened(arguments, told):
     with pytest.raises(UserError) as caught:
         main(arguments)
     assert str(caught.value).startswith(told)
+
+
+def test_a_model_that_brings_code_of_its_own_is_not_opened(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "strange")
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"auto_map": {"AutoModel": "code.Model"}}))
+    with pytest.raises(UserError, match="has 'auto_map', which asks for code of its own"):
+        main([str(copy)])
