@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,8 +117,9 @@ def climb(verb: str, arguments: argparse.Namespace, make: Callable[[Source, Path
 
 @contextlib.contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
-    """Give a folder beside OUT that goes whatever happens."""
+    """Give a folder beside OUT that goes whatever happens, on SIGTERM as on Ctrl-C."""
     scratch = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         scratch.mkdir(parents=True)
         yield scratch
@@ -127,6 +129,7 @@ def _scratch(out: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def open_source(model: Path, scratch: Path) -> Source:

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -64,6 +66,16 @@ def test_a_folder_that_a_rung_has_made_opens_and_is_a_rung_to_stand_on(climbed, 
 def test_what_is_over_its_budget_is_not_kept_and_ends_with_3(run, tmp_path, capsys):
     assert climb(rounded, run, tmp_path / "out", "--max-size", "1KB", "--no-measure") == 3
     assert "--max-size" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_ends_a_rung_leaves_nothing_behind(run, tmp_path):
+    def ended(source, partial):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return rounded(source, partial)
+
+    with pytest.raises(KeyboardInterrupt):
+        climb(ended, run, tmp_path / "out", "--no-measure")
     assert list(tmp_path.iterdir()) == []
 
 
