@@ -8,6 +8,7 @@ from typing import Any
 
 from bigbatch.recipes.core.arguments import count
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.models.hugging_face import read_json
 from bigbatch.tools import ladder
 
 FORMATS = ("onnx", "litert", "executorch", "gguf")
@@ -49,4 +50,6 @@ def open_exporter(name: str) -> Any:
 
 
 def _make(exporter: Any, arguments: Any, source: ladder.Source, folder: Path) -> dict[str, Any]:
+    if "quantization_config" in read_json(source.path / "config.json"):
+        raise UserError(str(source.path), "is quantized; right is the folder that it was made from, and --dtype")
     return exporter.make(source, folder, arguments)

@@ -59,9 +59,9 @@ def make(source: Any, partial: Path, options: argparse.Namespace) -> dict[str, A
     session.close()
     # A token on the edge between two experts may get the other one, whose logits are far off.
     has_experts = "num_local_experts" in read_json(source.path / "config.json")
-    relative = record["median_difference" if has_experts else "largest_difference"] / record["largest_logit"]
-    if not relative <= LARGEST_DIFFERENCE.get(options.precision, np.inf):
-        message = f"not written: logits differ from transformers' own by {relative:.1%} of the largest"
+    difference = record["median_difference" if has_experts else "largest_difference"]
+    if not difference <= LARGEST_DIFFERENCE.get(options.precision, np.inf) * max(record["largest_logit"], 1e-9):
+        message = f"not written: logits differ from transformers' own by {difference:.3g}"
         raise UserError(str(source.path), message)
     return {"format": "gguf", "file": FILE, "precision": options.precision, "record": record}
 

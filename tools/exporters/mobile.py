@@ -44,9 +44,11 @@ def export(
     with Worker(name, f"bigbatch.tools.exporters.{name}_worker") as worker:
         answer, _ = worker.call(message | {"threads": getattr(options, "threads", None)})
     layout, record = answer["layout"], answer["record"]
-    difference = record["largest_difference"] / record["largest_output"]
-    if not difference <= (LARGEST_DIFFERENCE if options.precision == "fp32" else np.inf):
-        message = f"not exported: outputs differ from transformers' own by {difference:.1%} of the largest"
+    difference, largest = record["largest_difference"], record["largest_output"]
+    if not difference <= (LARGEST_DIFFERENCE * largest if options.precision == "fp32" else np.inf):
+        message = (
+            f"not exported: outputs differ from transformers' own by {difference:.3g}, the largest is {largest:.3g}"
+        )
         raise UserError(str(source), message)
     del layout["settings"]
     return {
