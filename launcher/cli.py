@@ -294,7 +294,10 @@ def bench(
     if what == "deploy":
         if not bench_run:
             raise UserError("MODEL", "is missing; right is a run folder, a checkpoint or a model folder")
-        return importlib.import_module("bigbatch.tools.bench_deploy").bench_deploy(Path(bench_run), rounds, as_json)
+        try:
+            return importlib.import_module("bigbatch.tools.bench_deploy").bench_deploy(Path(bench_run), rounds, as_json)
+        except ModuleNotFoundError as error:
+            raise UserError("bigbatch bench deploy", _missing(error.name or "", "deploy")) from None
     if ranks and what != "comm":
         raise UserError("--ranks", f"found {ranks}; bench {what} takes one rank, only bench comm several")
     if ranks == 1:
@@ -609,8 +612,8 @@ def _need_train_extra() -> None:
         raise UserError("bigbatch", _missing("torch or deepspeed"))
 
 
-def _missing(module: str) -> str:
-    return f"this needs {module}, which is not installed; right is: pip install 'bigbatch[train]'"
+def _missing(module: str, extra: str = "train") -> str:
+    return f"this needs {module}, which is not installed; right is: pip install 'bigbatch[{extra}]'"
 
 
 def _flat(value: Any, path: str = "") -> list[str]:

@@ -144,7 +144,7 @@ class Graph:
         return self.add("Mul", found, self.add("Gather", self.constant(scales[:, None]), numbers))
 
     def unpacked(self, weight: np.ndarray) -> str:
-        """Return weights [..., K] in float32 for an operator that takes no other; small ones are stored in 8 bits."""
+        """Return weights [..., K] in float32 for an operator that takes no other; int8 and int4 store 8 bits."""
         if self.dtype in ("fp32", "fp16"):
             return self.cast(self.constant(weight.astype(self.float)), np.float32)
         values, scales = quantize_rows(weight.reshape(-1, weight.shape[-1]))
