@@ -176,7 +176,7 @@ class LlamaSession:
         lengths = np.repeat([len(prompt) for prompt in prompts], samples)  # [R]
         limits = np.minimum(sampling.max_new_tokens, self.max_positions - lengths)
         generators = [np.random.default_rng((sampling.seed, sample)) for sample in range(samples)]
-        running = np.arange(len(lengths))
+        running, ends = np.arange(len(lengths)), frozenset(sampling.stop_tokens)
         with self._context(len(lengths), int((lengths + limits).max())) as context:
             pieces = [Piece(row * samples, 0, prompt) for row, prompt in enumerate(prompts)]
             with self.lock:
@@ -185,7 +185,7 @@ class LlamaSession:
             for step in range(int(limits.max())):
                 uniforms = np.array([generator.random() for generator in generators])[running % samples]
                 chosen = choose(torch.from_numpy(logits), sampling, uniforms).numpy()
-                goes_on = (step < limits[running]) & ~np.isin(chosen, sampling.stop_tokens)
+                goes_on = (step < limits[running]) & [token not in ends for token in chosen.tolist()]
                 running, chosen = running[goes_on], chosen[goes_on]
                 if not len(running):
                     return
@@ -194,10 +194,8 @@ class LlamaSession:
                     tokens[row] = token
                 yield tokens
                 if step + 1 < limits[running].max():
-                    places = (lengths[running] + step).tolist()
-                    pieces = [Piece(*piece) for piece in zip(running.tolist(), places, chosen[:, None], strict=True)]
                     with self.lock:
-                        logits = self._decode(context, pieces)
+                        logits = self._run(context, chosen, lengths[running] + step, running)
 
     def _copy_prompts(self, context: Any, num_prompts: int, samples: int) -> None:
         functions = self.library.functions
@@ -234,13 +232,26 @@ class LlamaSession:
         if tokens.min() < 0 or tokens.max() >= self.vocabulary_size:
             raise UserError("input_ids", f"found {tokens.max()}; the vocabulary has {self.vocabulary_size} tokens")
         positions = np.concatenate([piece.start + np.arange(len(piece.tokens)) for piece in pieces])
-        rows = np.repeat(np.array([piece.row for piece in pieces], np.int32), lengths)
-        ones, pointers = np.ones_like(rows), rows.ctypes.data + rows.itemsize * np.arange(len(rows), dtype=np.uint64)
+        rows = np.repeat([piece.row for piece in pieces], lengths)
         wanted = np.ones(len(rows), np.int8)
         if last_only:
             wanted[:] = 0
             wanted[np.cumsum(lengths) - 1] = 1
-        arrays = (tokens, None, positions.astype(np.int32), ones, pointers, wanted)
+        return self._run(context, tokens, positions, rows, wanted)
+
+    def _run(
+        self,
+        context: Any,
+        tokens: np.ndarray,  # [N]
+        positions: np.ndarray,  # [N]
+        rows: np.ndarray,  # [N]
+        wanted: np.ndarray | None = None,  # [N] int8, which have logits; None: all
+    ) -> np.ndarray:
+        """Return the logits [number wanted, V] behind tokens at positions of rows."""
+        tokens, positions, rows = (np.ascontiguousarray(array, np.int32) for array in (tokens, positions, rows))
+        wanted = np.ones(len(rows), np.int8) if wanted is None else wanted
+        ones, pointers = np.ones_like(rows), rows.ctypes.data + rows.itemsize * np.arange(len(rows), dtype=np.uint64)
+        arrays = (tokens, None, positions, ones, pointers, wanted)
         addresses = [None if array is None else array.ctypes.data for array in arrays]
         functions = self.library.functions
         if status := functions.llama_decode(context, Batch(len(tokens), *addresses)):
