@@ -2,13 +2,10 @@
 
 import importlib
 import importlib.util
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from bigbatch.recipes.core.arguments import count
 from bigbatch.recipes.core.errors import UserError
-from bigbatch.recipes.core.models.hugging_face import read_json
 from bigbatch.tools import ladder
 
 FORMATS = ("onnx", "litert", "executorch", "gguf")
@@ -36,7 +33,7 @@ def main(argv: list[str]) -> int:
     if arguments.precision not in exporter.PRECISIONS:
         known = ", ".join(exporter.PRECISIONS)
         raise UserError("--dtype", f"found {arguments.precision!r}; right for {arguments.format} is one of {known}")
-    return ladder.climb("export", arguments, partial(_make, exporter, arguments))
+    return ladder.climb("export", arguments, lambda source, folder: exporter.make(source, folder, arguments))
 
 
 def open_exporter(name: str) -> Any:
@@ -47,9 +44,3 @@ def open_exporter(name: str) -> Any:
         if (error.name or "").startswith("bigbatch"):
             raise
         raise UserError("--format", f"{name} needs {error.name}; right is: pip install 'bigbatch[deploy]'") from None
-
-
-def _make(exporter: Any, arguments: Any, source: ladder.Source, folder: Path) -> dict[str, Any]:
-    if "quantization_config" in read_json(source.path / "config.json"):
-        raise UserError(str(source.path), "is quantized; right is the folder that it was made from, and --dtype")
-    return exporter.make(source, folder, arguments)

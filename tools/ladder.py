@@ -28,7 +28,7 @@ from bigbatch.recipes.core.tensor_file import sync_folder
 from bigbatch.tools.convert import TOKENIZER_FILES, convert, parse_bytes, write_text
 from bigbatch.tools.measure import Measurement, Options, agreement, measure, open_samples
 from bigbatch.tools.model_card import Rung, print_table, write_card, write_report
-from bigbatch.tools.opened import DEPLOYMENT_FILE, check_config, check_weights, format_of
+from bigbatch.tools.opened import DEPLOYMENT_FILE, check_config, check_numbers, check_weights, format_of, is_quantized
 
 EXIT_OVER_BUDGET = 3
 CARRIED = ("config.json", "generation_config.json", "preprocessor_config.json", "README.md", RECORD_FILE)
@@ -89,12 +89,13 @@ def climb(verb: str, arguments: argparse.Namespace, make: Callable[[Source, Path
     options = Options(arguments.samples, arguments.seed, arguments.split, arguments.threads, run)
     with _scratch(out) as scratch:
         source = open_source(arguments.model, scratch)
+        rungs = _rungs_of(source.path)
         partial = scratch / "made"
         partial.mkdir()
         made = make(source, partial)
         carry(source.path, partial)
         rung = _measured(verb, source, partial, scratch, made, None if arguments.no_measure else options)
-        rungs = [*_rungs_of(source.path), rung]
+        rungs.append(rung)
         described = {key: value for key, value in made.items() if key != "record"}
         write_text(partial / DEPLOYMENT_FILE, {**described, "rungs": [one.document() for one in rungs]})
         write_card(partial, source, rungs)
@@ -140,6 +141,9 @@ def open_source(model: Path, scratch: Path) -> Source:
         check_weights(path)
         if (made := format_of(path)) != "transformers":
             raise UserError(str(model), f"holds a model exported as {made}; right is the folder that it was made from")
+        if is_quantized(path):
+            raise UserError(str(model), "is quantized already; right is the folder that it was made from")
+        check_numbers(path)
     else:
         path = scratch / "converted"
         convert(enter_home(model), path)
@@ -196,7 +200,11 @@ def _measured(
 
 def _rungs_of(folder: Path) -> list[Rung]:
     path = folder / DEPLOYMENT_FILE
-    return [Rung.read(document) for document in read_json(path).get("rungs", [])] if path.exists() else []
+    try:
+        return [Rung.read(document) for document in read_json(path).get("rungs", [])] if path.exists() else []
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = f"rungs tell of no measurements ({type(error).__name__}: {error}); right is to leave them out"
+        raise UserError(str(path), found) from None
 
 
 def read_budget(arguments: argparse.Namespace) -> Budget:

@@ -17,7 +17,7 @@ from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import Session
-from bigbatch.recipes.core.models.hugging_face import WeightFolder, read_json
+from bigbatch.recipes.core.models.hugging_face import WeightFolder, check_finite, read_json
 
 CONFIG_FILE, DEPLOYMENT_FILE, INDEX_FILE = "config.json", "deployment.json", "model.safetensors.index.json"
 ENGINES = {
@@ -31,6 +31,16 @@ ENGINES = {
 SIZES = ("_size", "_heads", "_dim", "n_embd", "n_head", "n_inner", "d_model", "num_channels")
 PADDING_NUMBERS = 10**6  # by which a native model may be larger than what is stored
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = ("float32", "bfloat16", "float16")
+COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "n_embd")
+COUNTS += ("max_position_embeddings", "n_layer", "n_head", "n_positions", "d_model", "encoder_layers", "decoder_layers")
+COUNTS += ("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim")
+COUNTS += ("image_size", "patch_size", "num_channels")
+"""Settings of config.json that are whole numbers above 0 where they are there; some models have a list of them."""
+OWN_TYPES = ("bert", "gpt2", "llama", "mixtral", "vit", "bart", "mbart", "marian")
+"""Types that transformers need not be asked about, for it takes seconds to import."""
+OPENING_ERRORS = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
+"""What libraries raise at a folder whose settings and weights do not belong together."""
 
 
 class Opened(NamedTuple):
@@ -85,7 +95,7 @@ def is_deployed(path: Path) -> bool:
     """Tell whether a path is a model folder that may need a session: quantized, pruned or exported."""
     if not (path / CONFIG_FILE).is_file():
         return False
-    return (path / DEPLOYMENT_FILE).exists() or _is_quantized(path)
+    return (path / DEPLOYMENT_FILE).exists() or is_quantized(path)
 
 
 def check_writes(opened: Opened) -> None:
@@ -95,7 +105,8 @@ def check_writes(opened: Opened) -> None:
         raise UserError(str(opened.path), found)
 
 
-def _is_quantized(folder: Path) -> bool:
+def is_quantized(folder: Path) -> bool:
+    """Tell whether a model folder's weights are those of a quantized model."""
     return bool(read_json(folder / CONFIG_FILE).get("quantization_config"))
 
 
@@ -104,6 +115,30 @@ def check_config(folder: Path) -> None:
     settings = read_json(folder / CONFIG_FILE)
     if code := sorted({"auto_map", "custom_pipelines", "trust_remote_code"} & settings.keys()):
         raise UserError(str(folder / CONFIG_FILE), f"has {code[0]!r}, which asks for code of its own; that is not run")
+    _check_settings(str(folder / CONFIG_FILE), settings)
+
+
+def _check_settings(where: str, settings: dict[str, Any]) -> None:
+    """Raise UserError where a setting that every reader trusts is of a kind that none can take."""
+    for key in COUNTS:
+        value = settings.get(key, 1)
+        if not isinstance(value, list) and not (type(value) is int and value > 0):
+            raise UserError(where, f"{key} is {value!r}; right is a whole number above 0")
+    for key in ("dtype", "torch_dtype"):
+        if settings.get(key) not in (None, *DTYPES):
+            raise UserError(where, f"{key} is {settings[key]!r}; right is one of {', '.join(DTYPES)}")
+    classes = settings.get("architectures")
+    if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):
+        raise UserError(where, f'architectures is {classes!r}; right is a list of names, such as ["BertForMaskedLM"]')
+    kind = settings.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(where, f"model_type is {kind!r}; right is a name, such as 'bert'")
+    if kind not in OWN_TYPES and not kind.startswith("bigbatch_"):
+        import transformers
+
+        if kind not in transformers.CONFIG_MAPPING:
+            known = f"transformers {transformers.__version__}"
+            raise UserError(where, f"model_type is {kind!r}, which {known} does not know")
 
 
 def check_weights(folder: Path) -> None:
@@ -129,16 +164,32 @@ def check_weights(folder: Path) -> None:
             raise UserError(str(folder / name), f"is damaged, or no safetensors file ({error})") from None
 
 
+def check_numbers(folder: Path) -> None:
+    """Raise UserError for weights that hold what is no number; all of them are read, one at a time."""
+    weights = WeightFolder(folder)
+    for name in weights.files:
+        check_finite(str(weights.files[name]), name, weights.read(name))
+
+
+def build_native(recipe: Any, config: Any, facts: dict[str, Any], folder: Path) -> Any:
+    """Build a folder's native model; raise UserError where its settings and its weights do not belong together."""
+    try:
+        return recipe.build_model(config, facts).eval()
+    except OPENING_ERRORS as error:
+        found = f"settings and weights do not belong together ({type(error).__name__}: {error})"
+        raise UserError(str(folder), found) from error
+
+
 def _open_folder(folder: Path, threads: int | None, must_predict: bool, recipe_name: str | None) -> Opened:
     check_config(folder)
     name = recipe_name or recipes.of_folder(folder)
     recipe = _find(name, folder, must_predict)
     check_weights(folder)
     config, facts = recipes.describe_folder(recipe, folder)
-    if format_of(folder) == "transformers" and not _is_quantized(folder):
+    if format_of(folder) == "transformers" and not is_quantized(folder):
         try:
             _check_sizes(folder, recipe, config, facts)
-            return Opened(folder, name, recipe, config, facts, recipe.build_model(config, facts).eval())
+            return Opened(folder, name, recipe, config, facts, build_native(recipe, config, facts, folder))
         except UserError:
             if not (folder / DEPLOYMENT_FILE).exists():
                 raise

@@ -22,6 +22,7 @@ from bigbatch.recipes.core.models.hugging_face import Piece, piece_shape, read_j
 from bigbatch.tools import ladder
 from bigbatch.tools.convert import write_state, write_text
 from bigbatch.tools.measure import Measurement, Options, measure
+from bigbatch.tools.opened import build_native
 from bigbatch.tools.pruning.recovery import Recovery, recover
 from bigbatch.tools.pruning.structured import Pruned, without_heads, without_layers, without_units
 from bigbatch.tools.pruning.training_data import training_batches
@@ -93,7 +94,7 @@ def prune(plan: Plan, source: ladder.Source, folder: Path, ratio: float) -> dict
     """Write a pruned model, recovered where the plan says so, and return what was done."""
     told = f"{plan.method} {ratio:.0%}"
     print(f"pruning: {told}", file=sys.stderr, flush=True)
-    model = source.recipe.build_model(source.config, source.facts).eval()
+    model = build_native(source.recipe, source.config, source.facts, source.path)
     settings = read_json(source.path / "config.json")
     before = _count(dict(model.named_parameters()), _export(source, settings, {}).tensors)
     pruned = _pruned(plan, source, model, ratio)

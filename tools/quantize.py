@@ -13,7 +13,6 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.hugging_face import read_json
 from bigbatch.tools import ladder
 from bigbatch.tools.convert import DTYPES
-from bigbatch.tools.opened import format_of
 from bigbatch.tools.quantization import layers as of_model
 from bigbatch.tools.quantization.calibration import calibration_inputs
 from bigbatch.tools.quantization.methods import GROUP_SIZES, METHODS, NF4_BLOCK, Method, runs_here
@@ -85,8 +84,6 @@ def quantize(source: ladder.Source, partial: Path, choice: Choice) -> dict[str, 
     """Write the source's model, quantized, to `partial`; return what deployment.json says of it."""
     method = METHODS[choice.method]
     settings = read_json(source.path / "config.json")
-    if "quantization_config" in settings or format_of(source.path) != "transformers":
-        raise UserError(str(source.path), "is quantized or exported already; right is the folder that it was made of")
     with tempfile.TemporaryDirectory(dir=partial.parent) as scratch:
         folder = source.path
         if settings.get("model_type") == "gpt2":

@@ -110,7 +110,36 @@ def test_mistakes_are_told_before_anything_is_made(run, climbed, tmp_path):
     (tmp_path / "foreign" / "conversion.json").unlink()
     with pytest.raises(UserError, match="does not say what data it was trained on"):
         climb(rounded, tmp_path / "foreign", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / "foreign")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("deployment.json", {"format": "transformers", "rungs": [1]}, "deployment.json: rungs tell of no measurements"),
+        ("deployment.json", {"rungs": [{"verb": "x"}], "format": "transformers"}, "rungs tell of no measurements"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "is quantized already; right is the folder"),
+    ],
+)
+def test_a_folder_that_no_rung_can_stand_on_is_refused_before_anything_is_made(run, tmp_path, file, text, message):
+    folder = tmp_path / "folder"
+    shutil.copytree(run.with_name("model"), folder)
+    known = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(known | text))
+    with pytest.raises(UserError, match=message):
+        climb(lambda *_: pytest.fail("was made"), folder, tmp_path / "out", "--no-measure")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_weights_that_are_no_numbers_are_no_rung_to_stand_on(run, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(run.with_name("model"), folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: torch.full_like(one, torch.nan) for name, one in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="values that are infinite or no number"):
+        climb(rounded, folder, tmp_path / "out", "--no-measure")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_calibration_is_a_seeded_choice_of_training_samples(run, tmp_path):

@@ -128,6 +128,14 @@ def change_record(**settings):
     return change
 
 
+def change_weights(change):
+    def changed(folder):
+        tensors = {name: change(one).contiguous() for name, one in load_file(folder / "model.safetensors").items()}
+        save_file(tensors, folder / "model.safetensors")
+
+    return changed
+
+
 def lose_a_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["bert.pooler.dense.bias"]
@@ -151,7 +159,20 @@ def lose_a_tensor(folder):
         (change_record(run={"data": {"evil": 1}}), r"describe no model \(data\.\w+: "),
         (put("conversion.json", "{"), r"conversion.json: cannot be read"),
         (change_config(id2label=7), r"describe no model \(TypeError"),
-        (change_config(vocab_size="many"), r"says no vocab_size"),
+        (change_config(vocab_size="many"), r"config.json: vocab_size is 'many'; right is a whole number above 0"),
+        (change_config(hidden_size=None), r"hidden_size is None; right is a whole number above 0"),
+        (change_config(vocab_size=-1), r"vocab_size is -1; right"),
+        (change_config(dtype="float7"), r"dtype is 'float7'; right is one of float32, bfloat16, float16"),
+        (change_config(architectures=[3]), r"architectures is \[3\]; right is a list of names"),
+        (change_config(model_type=["bert"]), r"model_type is \['bert'\]; right is a name"),
+        (change_config(model_type="nosuch"), r"model_type is 'nosuch', which transformers [0-9.]+ does not know"),
+        (put("config.json", "[" * 100_000), r"config.json: cannot be read as JSON \(maximum recursion"),
+        (
+            change_weights(lambda tensor: tensor.fill_(torch.nan)),
+            r"tensor '.*' holds [0-9,]+ values that are infinite or",
+        ),
+        (change_weights(lambda tensor: tensor.to(torch.int8)), r"tensor '.*' is torch.int8; right are floating-point"),
+        (change_weights(lambda tensor: tensor[..., :-1]), r"tensor '.*' is \(.*\), the model needs"),
         (change_config(hidden_size=10**9), r"hidden_size is 1,000,000,000, but the weights are 41 tensors of"),
         (change_config(num_hidden_layers=10**7), r"num_hidden_layers is 10,000,000, but the weights are 41 tensors"),
         (change_config(hidden_size=16_000, intermediate_size=16_000), r"describes a model of [0-9,]+ numbers, but the"),

@@ -1,9 +1,10 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bigbatch.launcher import cli
 from bigbatch.recipes.core.errors import UserError
@@ -50,7 +51,7 @@ def test_the_worst_layers_stay_and_all_is_recorded(tiny_folder, tmp_path, capsys
     assert {worst["layer"], "model.layers.0.mlp.down_proj"} <= set(record["kept_layers"])
     assert record["quantized_layers"] == 14 - len(record["kept_layers"])
     assert record["group_size"] == 32 and record["method"] == "int4_weight"
-    with pytest.raises(UserError, match="is quantized or exported already"):
+    with pytest.raises(UserError, match="is quantized already; right is the folder that it was made from"):
         quantize(tmp_path / "out", tmp_path / "twice", "--method", "nf4")
 
 
@@ -75,6 +76,17 @@ def test_llmcompressor_calibrates_what_it_can(tiny_folder, kind, method, tmp_pat
     assert quantize(*arguments) == 0
     assert loss_of(tmp_path / "out") == pytest.approx(loss_of(run), rel=0.2)
     assert record_of(tmp_path / "out")["calibration_samples"] >= 8
+
+
+def test_a_tensor_that_is_not_there_is_missed_and_not_drawn_at_random(tiny_folder, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(tiny_folder("classify")[1], folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["bert.embeddings.position_embeddings.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks 'bert\.embeddings\.position_embeddings\.weight', one of 1"):
+        quantize(folder, tmp_path / "out", "--method", "int8_weight")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize(

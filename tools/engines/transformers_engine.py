@@ -8,6 +8,7 @@ import torch
 
 from bigbatch.recipes.core.errors import UserError, one_line
 from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.tools.opened import OPENING_ERRORS
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
@@ -27,14 +28,14 @@ def open_session(folder: Path, threads: int | None = None) -> "TransformersSessi
     if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)):
         raise UserError(str(folder / "config.json"), f"architectures is {name!r}, which transformers has no class for")
     transformers.utils.logging.disable_progress_bar()
-    further: dict[str, Any] = {"dtype": "auto" if "quantization_config" in settings else torch.float32}
+    further: dict[str, Any] = {"dtype": "auto" if settings.get("quantization_config") else torch.float32}
     if name == "BertModel":
         further["add_pooling_layer"] = False
     try:
         model = kind.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **further
         )
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+    except OPENING_ERRORS as error:
         raise UserError(str(folder), f"cannot be opened by transformers: {one_line(str(error))}") from None
     if name.endswith("ForSequenceClassification") and model.config.pad_token_id is None:
         model.config.pad_token_id = settings.get("eos_token_id")  # a decoder classifies by its last token that is none

@@ -73,8 +73,6 @@ def make(source: Any, partial: Path, options: argparse.Namespace) -> dict[str, A
     Raises UserError for a model for which there is no graph, or where the two differ.
     """
     config = read_json(source.path / "config.json")
-    if "quantization_config" in config:
-        raise UserError(str(source.path), "is quantized; right is the folder that it was made from, and --dtype")
     kind = config.get("model_type")
     opset = _opset(kind, options.opset)
     write_onnx(source.path, partial, options.precision, opset)

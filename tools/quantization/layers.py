@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.errors import UserError, one_line
 from bigbatch.recipes.core.models.hugging_face import read_json
 from bigbatch.tools.convert import TOLERANCE
+from bigbatch.tools.opened import OPENING_ERRORS
 
 Inputs = dict[str, torch.Tensor]  # what a model of transformers is called with
 FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -37,7 +38,16 @@ def open_model(folder: Path, **options: Any) -> Any:
     kind = model_class(folder)
     if kind.__name__ == "BertModel":  # recipes convert the states alone; a pooler would be drawn at random, and kept
         options["add_pooling_layer"] = False
-    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options).eval()
+    try:
+        model, found = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+    except OPENING_ERRORS as error:
+        raise UserError(str(folder), f"cannot be opened by transformers: {one_line(str(error))}") from error
+    if found["missing_keys"] and "quantization_config" not in options:  # transformers would draw them at random
+        name, count = min(found["missing_keys"]), len(found["missing_keys"])
+        raise UserError(str(folder), f"lacks {name!r}, one of {count} tensors that the model needs")
+    return model.eval()
 
 
 def linear_layers(model: Any) -> dict[str, nn.Linear]:

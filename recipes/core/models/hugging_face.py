@@ -117,7 +117,17 @@ def load_pieces(
         for name, parameter in model.named_parameters():
             share = share_of(parameter)
             whole = from_hugging_face(table[name], weights.read, logical_shape(parameter), where)
+            check_finite(where, table[name][0].name, whole)
             parameter.copy_(share.cut(whole) if share else whole)
+
+
+def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
+    """Raise UserError for a tensor of weights that are no numbers, or none that were trained."""
+    if not tensor.is_floating_point():
+        raise UserError(where, f"tensor {name!r} is {tensor.dtype}; right are floating-point numbers")
+    if not tensor.isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise UserError(where, f"tensor {name!r} holds {count:,} values that are infinite or no number")
 
 
 def own_export(recipe: str, model: nn.Module, processor: dict[str, Any] | None = None) -> HuggingFaceExport:
@@ -144,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a Hugging Face folder."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(str(path), f"cannot be read as JSON ({error})") from None
     if not isinstance(document, dict):
         raise UserError(str(path), f"holds a {type(document).__name__}, not an object")

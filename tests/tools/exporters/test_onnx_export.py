@@ -258,14 +258,6 @@ def test_what_cannot_be_written_is_told(flags: list[str], message: str, tiny_fol
     assert not (tmp_path / "out").exists()
 
 
-def test_a_quantized_folder_is_refused(folder_of: Any, tmp_path: Path) -> None:
-    config = json.loads((folder_of("gpt2") / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
-
-    with pytest.raises(UserError, match="is quantized; right is the folder that it was made from"):
-        exported(tmp_path, tmp_path / "out")
-
-
 def test_a_model_without_a_graph_and_a_damaged_file_are_refused(folder_of: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(UserError, match="model_type is 'mamba'; right is one of bert, vit, gpt2"):
