@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bigbatch.recipes.core import runtime, train
+from bigbatch.recipes.core import runtime
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 from bigbatch.recipes.core.parts import load_run
+from bigbatch.recipes.core.precision import DTYPES
 from bigbatch.recipes.core.report import UTILIZATION_FORMULA, measured_peak_flops
 
 
@@ -75,7 +76,7 @@ def bench_train(run_dir: Path, rounds: int, steps: int, as_json: bool) -> int:
         run.config.batch.global_size,
         data.facts["tokens_per_sample"],
         run.recipe.flops_per_sample(run.config, data.facts),
-        measured_peak_flops(train.DTYPES[run.config.precision.dtype]),
+        measured_peak_flops(DTYPES[run.config.precision.dtype]),
     )
     useful = {c.name: tokens for c in contestants if (tokens := getattr(c, "useful_tokens", None))}
     results = summarize(seconds, losses, work, useful)

@@ -30,6 +30,7 @@ from bigbatch.recipes.core.fragments import Fragment
 from bigbatch.recipes.core.local_sgd import LocalSgd
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.parts import load_run
+from bigbatch.recipes.core.precision import DTYPES
 from bigbatch.recipes.core.process import die_with_parent
 
 ALL_REDUCE, SHARDED, BROADCAST, LOCAL = "all_reduce", "sharded", "broadcast", "local_sgd"
@@ -170,7 +171,7 @@ def step_shares(run: train.Run, mesh: Mesh, rounds: int) -> tuple[int, list[Step
     batches = [data.train.batch(part.numpy(), part.numpy() * 0) for part in ids.split(plan.micro_size)]
     (num_targets,) = mesh.sum(sum(run.recipe.count_targets(batch) for batch in batches))
     parameters = sum(fragment.master.numel() for fragment in engine.fragments())
-    dtype = train.DTYPES[config.precision.dtype]
+    dtype = DTYPES[config.precision.dtype]
     acts = {name: act for name, act in collectives(config, mesh, parameters, dtype) if name not in (BROADCAST, LOCAL)}
     acts[LOCAL] = engine.local.meet
     engine.local.settings = config.parallel.local_sgd.model_copy(update={"every_steps": 2})  # step 0 meets nobody

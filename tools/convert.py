@@ -25,11 +25,11 @@ from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, Reader, fill, ope
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
 from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_own, piece_shape
+from bigbatch.recipes.core.precision import DTYPES
 from bigbatch.recipes.core.recipe import RECORD_FILE
 from bigbatch.recipes.core.run_home import enter_home
 from bigbatch.recipes.core.tensor_file import Entry, sync_folder, write_json, write_tensors
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = 1e-4
 """Largest difference of two logits in float32, as a part of the largest logit. Two ways to sum the same products differ
 by up to 1e-5 of it in deep models; a wrong weight, by more than 1e-3."""

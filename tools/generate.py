@@ -36,6 +36,7 @@ def open_model(folder: Path, dtype: str | None, threads: int | None = None) -> t
     import torch
 
     from bigbatch.recipes.core.generate import Loaded, load_model
+    from bigbatch.recipes.core.precision import place
     from bigbatch.tools import opened
 
     path = enter_home(folder)
@@ -48,7 +49,7 @@ def open_model(folder: Path, dtype: str | None, threads: int | None = None) -> t
     text_model = _open_tokenizer(loaded, path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or ("bf16" if device == "cuda" else "fp32")
-    loaded.model.to(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    place(loaded.model, device, dtype)
     return loaded, text_model
 
 

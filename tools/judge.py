@@ -9,7 +9,7 @@ from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 
 def judge(path: Path, split: str, run: dict[str, Any] | None = None, threads: int | None = None) -> dict[str, Any]:
     """Evaluate a model on a split of the run that it comes from, or of the given document's; return the figures."""
-    from bigbatch.recipes.core import runtime, train
+    from bigbatch.recipes.core import precision, runtime, train
     from bigbatch.recipes.core.recipe import further
     from bigbatch.tools.opened import open_model
     from bigbatch.tools.run_data import open_data
@@ -21,7 +21,7 @@ def judge(path: Path, split: str, run: dict[str, Any] | None = None, threads: in
     if samples is None:
         raise UserError(f"data.{split}", "is empty and nothing is cut from the training data: nothing to evaluate on")
     mesh = runtime.start_mesh()
-    model = opened.model.to(mesh.device, train.DTYPES[config.precision.dtype])
+    model = precision.place(opened.model, mesh.device, config.precision.dtype)
     whole = train.Run(path, config, {}, "", opened.recipe)
     figures = train.evaluate(whole, model, samples, mesh, facts, thorough=True)
     if write := further(opened.recipe, "generated_figures"):

@@ -11,8 +11,8 @@ import torch
 from bigbatch.recipes.core.arguments import count
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.precision import DTYPES
 from bigbatch.tools import ladder
-from bigbatch.tools.convert import DTYPES
 from bigbatch.tools.quantization import layers as of_model
 from bigbatch.tools.quantization.calibration import calibration_inputs
 from bigbatch.tools.quantization.methods import GROUP_SIZES, METHODS, NF4_BLOCK, Method, runs_here
@@ -37,12 +37,11 @@ class Choice(NamedTuple):
     shows_sensitivity: bool = False
     run: Path | None = None
     dtype: str | None = None
-    """Of what is not quantized, by its name in convert.DTYPES; None: as it is."""
+    """Of what is not quantized, by its name in precision.DTYPES; None: as it is."""
 
 
 def main(argv: list[str]) -> int:
     """Run the verb `quantize`."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries', imported later; ours is told in lines
     if not torch.cuda.is_available():  # else DeepSpeed, which transformers imports, prints that it had to guess
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     parser = ladder.rung_parser("quantize", "Store a model's linear layers in 4 or 8 bits.")

@@ -33,6 +33,7 @@ from bigbatch.recipes.core.local_sgd import LocalSgd, spread_failure
 from bigbatch.recipes.core.optim import Lamb, build_optimizer
 from bigbatch.recipes.core.parallel import Axis, Mesh
 from bigbatch.recipes.core.pipeline import Stage, pipeline_module
+from bigbatch.recipes.core.precision import DTYPES, multiply_fast
 from bigbatch.recipes.core.recipe import Batch, Loss
 from bigbatch.recipes.core.schedule import learning_rate_factor
 
@@ -73,6 +74,8 @@ class Engine:
         self.stage = Stage(module, mesh.pipeline, mesh.device) if mesh.pipeline.size > 1 else None
         self._hook_norm, self._own_factor = math.nan, 1.0
         refuse_quantized_communication(document, mesh.device)
+        if mesh.device.type == "cpu":
+            multiply_fast(DTYPES[config.precision.dtype])
         optimizer = build_optimizer(config.optimizer, module, learning_rate_scales)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may step once while it sets up

@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 
-from bigbatch.recipes.core import checkpoint, recipe, runtime, train
+from bigbatch.recipes.core import checkpoint, precision, recipe, runtime, train
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError, one_line
 from bigbatch.recipes.core.heartbeat import this_rank, write_failure
 from bigbatch.recipes.core.process import StopFlag, Stopped, raise_on_stop
@@ -84,7 +84,7 @@ def run_evaluate(run: train.Run, stop: StopFlag, phase: dict[str, Any], split: s
     model = run.recipe.build_model(run.config, facts, initialize=False)
     checkpoint.fill(reader, model)
     phase.update(phase="evaluate", step=step)
-    model = model.to(mesh.device, train.DTYPES[run.config.precision.dtype])
+    model = precision.place(model, mesh.device, run.config.precision.dtype)
     figures = train.evaluate(run, model, samples, mesh, facts, thorough=True)
     if write := recipe.further(run.recipe, "generated_figures"):
         figures |= write(run.config, facts, model, samples)

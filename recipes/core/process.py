@@ -58,7 +58,11 @@ class _Forgiving(io.FileIO):
 
 
 def quiet_libraries() -> None:
-    """Keep off standard error what torchao says wherever transformers imports it: that it has no GPU kernels here."""
+    """Keep off standard error the bars of libraries, and what torchao says wherever transformers imports it.
+
+    Which is that it has no GPU kernels here. To be called before tqdm is imported, as torch does.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -375,28 +375,41 @@ def _facts(values: dict[str, Any], *, short: bool) -> str:
 def measured_peak_flops(dtype: "torch.dtype", seconds: float = 0.5) -> float:
     """Time matrix products of this dtype on this rank's device and return the best FLOP/s.
 
-    2048 x 2048 on a CPU; 8192 x 8192 on a GPU, which the smaller product does not fill. Let every rank call it at the
-    same time: ranks that share cores then share them here too, and the ranks' peaks may be added up.
+    8192 x 8192 on a GPU, which a smaller product does not fill; on a CPU up to 2048 x 2048, as far as the time allows.
+    Let every rank call it at the same time: ranks that share cores then share them here too, and the ranks' peaks may
+    be added up.
     """
     import torch  # noqa: PLC0415  the reader works without torch
 
-    on_gpu = torch.cuda.is_available()
-    size = 8192 if on_gpu else 2048
-    left, right = torch.randn(2, size, size, device="cuda" if on_gpu else "cpu").to(dtype)
+    if torch.cuda.is_available():
+        return 2 * 8192**3 / _product_seconds(8192, dtype, "cuda", seconds)
+    end, best = time.perf_counter() + seconds, 0.0
+    for size in (256, 512, 1024, 2048):
+        remaining = end - time.perf_counter()
+        if best and 2 * 2 * size**3 / best > remaining:  # twice: the first call also loads and plans
+            break
+        best = max(best, 2 * size**3 / _product_seconds(size, dtype, "cpu", remaining / 4))
+    return best
+
+
+def _product_seconds(size: int, dtype: "torch.dtype", device: str, seconds: float) -> float:
+    """Return the shortest time of a product of two square matrices, tried for so many seconds, at least once."""
+    import torch  # noqa: PLC0415
+
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(left)
-    best_seconds = math.inf
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    best = math.inf
     end = time.perf_counter() + seconds
     with torch.no_grad():
         torch.mm(left, right, out=out)  # the first call also loads and plans
-        while time.perf_counter() < end or best_seconds == math.inf:
-            if on_gpu:
-                torch.cuda.synchronize()
+        while time.perf_counter() < end or best == math.inf:
+            wait()
             begin = time.perf_counter()
             torch.mm(left, right, out=out)
-            if on_gpu:
-                torch.cuda.synchronize()
-            best_seconds = min(best_seconds, time.perf_counter() - begin)
-    return 2 * size**3 / best_seconds
+            wait()
+            best = min(best, time.perf_counter() - begin)
+    return best
 
 
 class Metrics(NamedTuple):

@@ -23,12 +23,11 @@ from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from bigbatch.recipes.core.metrics import higher_is_better
 from bigbatch.recipes.core.parallel import Mesh
 from bigbatch.recipes.core.pipeline import stage_building
+from bigbatch.recipes.core.precision import DTYPES
 from bigbatch.recipes.core.process import StopFlag
 from bigbatch.recipes.core.recipe import DataSplits, Outputs, Samples, further
 from bigbatch.recipes.core.report import Reporter, StepRecord, measured_peak_flops
 from bigbatch.recipes.core.saver import Saved, Saver
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

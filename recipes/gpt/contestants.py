@@ -13,8 +13,9 @@ from bigbatch.recipes.core.engine import to_device
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.decoder import hugging_face_config, hugging_face_state
 from bigbatch.recipes.core.parallel import Mesh
+from bigbatch.recipes.core.precision import DTYPES
 from bigbatch.recipes.core.recipe import Samples
-from bigbatch.recipes.core.train import DTYPES, Run
+from bigbatch.recipes.core.train import Run
 from bigbatch.recipes.gpt import recipe
 from bigbatch.recipes.gpt.config import GptConfig
 

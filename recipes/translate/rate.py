@@ -19,8 +19,8 @@ from bigbatch.recipes.core.config import ParallelSource
 from bigbatch.recipes.core.data.rows import read_rows
 from bigbatch.recipes.core.data.sources import list_files
 from bigbatch.recipes.core.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from bigbatch.recipes.core.precision import place
 from bigbatch.recipes.core.run_home import enter_home
-from bigbatch.recipes.core.train import DTYPES
 from bigbatch.recipes.translate import recipe
 from bigbatch.recipes.translate.config import TranslateConfig
 from bigbatch.recipes.translate.translating import judge_each, open_translator, translate
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     model: Any = recipe.build_model(config, facts, initialize=False)
     fill(reader, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device, DTYPES[config.precision.dtype]).eval()  # as evaluate does
+    model = place(model, device, config.precision.dtype).eval()  # as evaluate does
     parts = open_translator(facts, model, config.search)
     pairs = _pairs_of_files(files) if files else _pairs_of_split(config, arguments.split)
     pairs = pairs[: arguments.max_pairs]
