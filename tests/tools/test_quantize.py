@@ -38,6 +38,16 @@ def test_each_kind_of_model_is_quantized_and_judged_by_its_recipe(tiny_folder, k
     assert loss_of(tmp_path / "out") == pytest.approx(loss_of(run), rel=0.02)
 
 
+@pytest.mark.parametrize("method", ["int4_weight", "fp8"])
+def test_an_encoder_decoder_in_vllms_format_writes_as_it_did(tiny_folder, method, tmp_path):
+    _, folder = tiny_folder("translate")
+    assert quantize(folder, tmp_path / "out", "--method", method) == 0
+    whole, small = opened.open_model(folder), opened.open_model(tmp_path / "out")
+    _, _, samples = measure.open_samples(whole, measure.Options())
+    before, after = (one.recipe.generated_figures(one.config, one.facts, one.model, samples) for one in (whole, small))
+    assert before.keys() == after.keys() and len(after) > 2
+
+
 def test_the_worst_layers_stay_and_all_is_recorded(tiny_folder, tmp_path, capsys):
     run, _ = tiny_folder("gpt_llama")
     arguments = ("--method", "int4_weight", "--sensitivity", "--keep-worst", "1", "--keep", "*.0.mlp.down_proj")

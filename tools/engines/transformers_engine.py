@@ -37,6 +37,8 @@ def open_session(folder: Path, threads: int | None = None) -> "TransformersSessi
         )
     except OPENING_ERRORS as error:
         raise UserError(str(folder), f"cannot be opened by transformers: {one_line(str(error))}") from None
+    if hasattr(model, "ct_decompress_hook"):  # else at the first call of the whole, and an encoder is called alone
+        model.hf_quantizer.compressor.decompress_model(model)
     if name.endswith("ForSequenceClassification") and model.config.pad_token_id is None:
         model.config.pad_token_id = settings.get("eos_token_id")  # a decoder classifies by its last token that is none
     opened: Any = model.eval()
