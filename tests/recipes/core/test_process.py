@@ -118,3 +118,12 @@ def test_a_rank_whose_launcher_was_gone_before_it_asked_ends_at_once():
     ended = subprocess.run([sys.executable, "-c", CHILD], env=environment, timeout=60, capture_output=True, check=False)
     assert ended.returncode == 1
     assert ended.stdout == b""
+
+
+def test_bars_of_libraries_stay_off_standard_error():
+    script = (
+        "from bigbatch.recipes.core.process import quiet_libraries; quiet_libraries()\n"
+        "from tqdm.auto import tqdm; print(len(list(tqdm(range(3)))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")
