@@ -26,6 +26,7 @@ from bigbatch.tools.convert import open_lazily
 from bigbatch.tools.engines.llama_cpp_engine import LlamaSession, open_library
 
 FILE = "model.gguf"
+KINDS = ("gpt2", "llama", "mixtral")
 PRECISIONS = ("f16", "q8_0", "q4_k_m", "f32")
 """What weights are stored in; the first is the default."""
 LARGEST_DIFFERENCE = {"f32": 0.01, "f16": 0.02}
@@ -51,6 +52,10 @@ def make(source: Any, partial: Path, options: argparse.Namespace) -> dict[str, A
 
     Raises UserError for a model or a tokenizer that it cannot hold.
     """
+    kind = read_json(source.path / "config.json").get("model_type")
+    if kind not in KINDS:
+        found = f"is a {kind!r}; of llama.cpp's models this writes {', '.join(KINDS)}"
+        raise UserError(str(source.path), f"{found}; right is --format onnx")
     file = partial / FILE
     write_gguf(source.path, file, options.precision)
     session = LlamaSession(file, getattr(options, "threads", None))

@@ -95,7 +95,8 @@ def without_layers(recipe: Any, model: nn.Module, batches: list[Batch], ratio: f
 
     An encoder and a decoder both lose it.
     """
-    stacks = {path: module for path, module in model.named_modules() if path.split(".")[-1] == "blocks"}
+    named = ((path, module) for path, module in model.named_modules() if path.split(".")[-1] == "blocks")
+    stacks: dict[str, Any] = {path: module for path, module in named if len(module)}  # type: ignore[arg-type]
     removed: dict[str, list[int]] = {}
     for path, stack in stacks.items():
         count = round(len(stack) * ratio)  # type: ignore[arg-type]

@@ -163,6 +163,14 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(folder, tmp_path):
         make(SimpleNamespace(path=path), tmp_path, Namespace(precision="f16"))
 
 
+def test_a_model_that_does_not_write_is_refused_with_the_format_that_takes_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    source = SimpleNamespace(path=tmp_path)
+    with pytest.raises(UserError, match=r"is a 'bert'; of llama.*writes gpt2, .*; right is --format onnx"):
+        make(source, tmp_path, Namespace(precision="f16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_truncated_file_is_refused_by_name(exported, tmp_path):
     whole = exported("llama", "f16")[1].read_bytes()
     for size in (100, len(whole) - 1000):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import transformers
@@ -65,6 +67,12 @@ def test_without_heads_transformers_computes_what_it_does_with_these_heads_at_ze
 def test_heads_are_not_taken_where_config_json_could_not_say_so(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="--method: heads takes a llama"):
         pruned(tiny_folder("gpt_gpt2")[1], tmp_path, "heads", 0.5)
+
+
+def test_what_chooses_sentences_loses_layers_of_its_encoder(tiny_folder, tmp_path):
+    _, record, made = pruned(tiny_folder("summarize")[1], tmp_path, "layers", 0.5)
+    assert list(record["removed_layers"]) == ["encoder.blocks"]
+    assert json.loads((made / "config.json").read_text())["num_hidden_layers"] == 1
 
 
 def test_without_layers_transformers_computes_what_it_does_with_them_taken_out(tiny_folder, tmp_path):
