@@ -4,12 +4,14 @@ Everything is written beside OUT, compared with transformers' own model on real 
 a folder called OUT is a folder that agreed.
 """
 
+import contextlib
 import inspect
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from itertools import count, takewhile
@@ -108,9 +110,9 @@ def convert(
     if out.exists():
         raise UserError(str(out), "exists already; name a folder that does not")
     reader, recipe, config = open_run(run_dir)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with scratch_beside(out) as scratch:
+        partial = scratch / "made"
+        partial.mkdir()
         auto_class = write_model(partial, reader, recipe, config, dtype, sizes)
         text = text or _real_text(recipe, config)
         parity = compare(partial, reader, recipe, config, text, DTYPES[dtype], auto_class)
@@ -123,12 +125,32 @@ def convert(
         _write_card(partial, reader, config, parity, dtype)
         sync_folder(partial)
         partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, Exception) and (mistake := as_user_error(error, str(out))):
-            raise mistake from error
-        raise
     return parity
+
+
+@contextlib.contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """Give a folder beside OUT that goes whatever happens, on SIGTERM as on Ctrl-C.
+
+    Parents of OUT that were made for it go too, where OUT is not made.
+    """
+    scratch = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    new_parents = [parent for parent in out.parents if not parent.exists()]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+    except OSError as error:
+        if mistake := as_user_error(error, str(out)):
+            is_ours = str(error.filename or scratch).startswith(str(scratch))
+            raise (UserError(str(out), f"cannot be made: {error.strerror}") if is_ours else mistake) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # not there, or not empty: OUT is in it
+                parent.rmdir()
+        signal.signal(signal.SIGTERM, before)
 
 
 def open_run(run_dir: Path) -> tuple[Reader, Any, Any]:

@@ -5,13 +5,11 @@ budget, and is renamed then: a folder called OUT has been measured.
 """
 
 import argparse
-import contextlib
 import json
-import os
+import math
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +18,12 @@ import torch
 
 from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.arguments import Parser, count
-from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
+from bigbatch.recipes.core.errors import EXIT_DONE, UserError
 from bigbatch.recipes.core.models.hugging_face import conversion_record, read_json
 from bigbatch.recipes.core.recipe import RECORD_FILE
 from bigbatch.recipes.core.run_home import enter_home
 from bigbatch.recipes.core.tensor_file import sync_folder
-from bigbatch.tools.convert import TOKENIZER_FILES, convert, parse_bytes, write_text
+from bigbatch.tools.convert import TOKENIZER_FILES, convert, parse_bytes, scratch_beside, write_text
 from bigbatch.tools.measure import Measurement, Options, agreement, measure, open_samples
 from bigbatch.tools.model_card import Rung, print_table, write_card, write_report
 from bigbatch.tools.opened import DEPLOYMENT_FILE, check_config, check_numbers, check_weights, format_of, is_quantized
@@ -86,8 +84,10 @@ def climb(verb: str, arguments: argparse.Namespace, make: Callable[[Source, Path
     if out.exists():
         raise UserError(str(arguments.out), "exists already; name a folder that does not")
     run = str(arguments.run.absolute()) if arguments.run else None
+    if run:
+        _check_run(arguments.run)
     options = Options(arguments.samples, arguments.seed, arguments.split, arguments.threads, run)
-    with _scratch(out) as scratch:
+    with scratch_beside(out) as scratch:
         source = open_source(arguments.model, scratch)
         rungs = _rungs_of(source.path)
         partial = scratch / "made"
@@ -116,23 +116,6 @@ def climb(verb: str, arguments: argparse.Namespace, make: Callable[[Source, Path
     return EXIT_DONE
 
 
-@contextlib.contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """Give a folder beside OUT that goes whatever happens, on SIGTERM as on Ctrl-C."""
-    scratch = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        scratch.mkdir(parents=True)
-        yield scratch
-    except OSError as error:
-        if mistake := as_user_error(error, str(out)):
-            raise mistake from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        signal.signal(signal.SIGTERM, before)
-
-
 def open_source(model: Path, scratch: Path) -> Source:
     """Describe a model folder; convert a run or a checkpoint into one first."""
     if (model / "config.json").is_file():
@@ -151,6 +134,13 @@ def open_source(model: Path, scratch: Path) -> Source:
     recipe = recipes.find(recipe_name)
     config, facts = recipes.describe_folder(recipe, path)
     return Source(path, recipe_name, recipe, config, facts, conversion_record(path))
+
+
+def _check_run(run: Path) -> None:
+    """Raise UserError for a --run that is no run folder, before the work that its data are for."""
+    if not (run / "run.json").is_file():
+        what = "has no run.json" if run.is_dir() else "there is no such folder"
+        raise UserError("--run", f"{run}: {what}; right is a run folder, such as bigbatch train writes")
 
 
 def calibration(source: Source, num_samples: int, seed: int, run: Path | None = None) -> list[dict[str, torch.Tensor]]:
@@ -213,8 +203,12 @@ def read_budget(arguments: argparse.Namespace) -> Budget:
         raise UserError("--max-drop", "is given with --no-measure: quality is to be measured, or not")
     if arguments.max_latency is not None and arguments.no_measure:
         raise UserError("--max-latency", "is given with --no-measure: latency is to be measured, or not")
+    drop, latency = arguments.max_drop, arguments.max_latency
+    for flag, value, least in (("--max-drop", drop, -math.inf), ("--max-latency", latency, 0)):
+        if value is not None and not least < value < math.inf:
+            raise UserError(flag, f"found {value}; right is a number such as 0.5")
     size = parse_bytes(arguments.max_size, "--max-size") if arguments.max_size else None
-    return Budget(arguments.max_drop, size, arguments.max_latency)
+    return Budget(drop, size, latency)
 
 
 def over_budget(rung: Rung, folder: Path, budget: Budget) -> list[str]:

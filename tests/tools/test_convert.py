@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -240,6 +241,13 @@ def test_prepared_data_that_have_gone_are_told_and_leave_nothing(runs, tmp_path)
     assert no_trace(tmp_path / "out")
 
 
+def test_a_signal_that_ends_a_conversion_leaves_nothing_behind(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "compare", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_folder("classify")[0], tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_conversion_killed_anywhere_leaves_no_folder_of_that_name(runs):
     killed = json.loads((runs / "killed.json").read_text())
     assert len(killed) == 6
@@ -247,7 +255,7 @@ def test_a_conversion_killed_anywhere_leaves_no_folder_of_that_name(runs):
     for place in killed:
         left = [path.name for path in (runs / "killed" / place).iterdir()]
         assert len(left) == 1
-        assert left[0].startswith("out.partial-")
+        assert left[0].startswith(".out.partial-")
     convert(runs / "gpt2_tied", runs / "killed/compare/out")  # what is left is not in the way
 
 

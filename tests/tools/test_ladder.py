@@ -79,6 +79,22 @@ def test_a_signal_that_ends_a_rung_leaves_nothing_behind(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_made_for_a_folder_that_was_not_made_are_gone_too(run, tmp_path):
+    (tmp_path / "kept").mkdir()
+    out = tmp_path / "kept" / "new" / "newer" / "out"
+    assert climb(rounded, run, out, "--max-size", "1KB", "--no-measure") == 3
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+    assert climb(rounded, run, out, "--no-measure") == 0
+    assert out.is_dir() and list(out.parent.iterdir()) == [out]
+
+
+def test_a_place_where_nothing_can_be_made_is_told_by_its_own_name(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^{tmp_path}/file/out: cannot be made: Not a directory$"):
+        climb(rounded, run, tmp_path / "file" / "out", "--no-measure")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_a_drop_counts_in_points_of_a_hundred_or_in_per_cent_of_what_is_better_when_lower(climbed):
     rung = Rung.read(json.loads((climbed / "deployment.json").read_text())["rungs"][0])
 
@@ -106,6 +122,12 @@ def test_mistakes_are_told_before_anything_is_made(run, climbed, tmp_path):
         climb(rounded, run, tmp_path / "out", "--max-size", "large")
     with pytest.raises(UserError, match="quality is to be measured"):
         climb(rounded, run, tmp_path / "out", "--max-drop", "1", "--no-measure")
+    for flag, value in (("--max-drop", "nan"), ("--max-latency", "-1"), ("--max-latency", "inf")):
+        with pytest.raises(UserError, match=f"{flag}: found .*; right is a number such as 0.5"):
+            climb(rounded, run, tmp_path / "out", flag, value)
+    for place, message in ((tmp_path / "gone", "there is no such folder"), (tmp_path, "has no run.json")):
+        with pytest.raises(UserError, match=f"--run: {place}: {message}; right is a run folder"):
+            climb(rounded, run, tmp_path / "out", "--run", place)
     shutil.copytree(climbed, tmp_path / "foreign")
     (tmp_path / "foreign" / "conversion.json").unlink()
     with pytest.raises(UserError, match="does not say what data it was trained on"):
