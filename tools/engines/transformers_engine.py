@@ -8,6 +8,7 @@ import torch
 
 from bigbatch.recipes.core.errors import UserError, one_line
 from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.precision import multiply_fast
 from bigbatch.tools.opened import OPENING_ERRORS
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
@@ -44,6 +45,8 @@ def open_session(folder: Path, threads: int | None = None) -> "TransformersSessi
     opened: Any = model.eval()
     if torch.cuda.is_available() and not hasattr(model, "hf_device_map"):
         opened = opened.to("cuda")
+    if opened.device.type == "cpu":
+        multiply_fast(opened.dtype)
     return TransformersSession(opened)
 
 
