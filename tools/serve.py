@@ -84,6 +84,7 @@ def uvicorn_config(guard: Any, host: str, port: int, drain_seconds: float = 60.0
         host=host,
         port=port,
         log_level="warning",
+        ws="none",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),

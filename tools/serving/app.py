@@ -18,7 +18,7 @@ from bigbatch.tools.serving.limits import Limits
 from bigbatch.tools.serving.openai_routes import embedding_router, models_router, writing_router
 from bigbatch.tools.serving.opening import Served
 from bigbatch.tools.serving.page import docs_page, page_headers, try_page
-from bigbatch.tools.serving.predicting import predict_router
+from bigbatch.tools.serving.predicting import check_is_json, predict_router
 from bigbatch.tools.serving.refusal import RefusedError, documented, error_document, mistake_of
 from bigbatch.tools.serving.telemetry import Telemetry
 
@@ -109,12 +109,17 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        try:
+            check_is_json(request.scope)
+        except RefusedError as mistake:
+            return await refused(request, mistake)
         return await refused(request, mistake_of(error))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        status = 422 if error.status_code == 400 else error.status_code
-        return JSONResponse(error_document(status, str(error.detail)), status, error.headers)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        status, path = 422 if error.status_code == 400 else error.status_code, request.url.path
+        told = {404: f"there is no {path} here; /docs tells what there is", 405: f"{request.method} is not for {path}"}
+        return JSONResponse(error_document(status, told.get(status, str(error.detail))), status, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:

@@ -53,7 +53,11 @@ def error_document(status: int, message: str, param: str | None = None) -> dict[
 def mistake_of(error: ValidationError | RequestValidationError) -> RefusedError:
     """Return the first mistake in a request as its refusal."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid" and "ctx" in first and first["loc"]:  # FastAPI's, which counts characters
+        return RefusedError(422, f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    if first["loc"] == ("body",) and first["type"] == "missing":
+        return RefusedError(422, "the body is empty; right is a JSON object")
+    where = ".".join(str(part) for part in first["loc"] if part != "body" and "constrained-" not in str(part))
     message = first["msg"].removeprefix("Value error, ")
     return RefusedError(422, f"{where}: {message}" if where else message, where or None)
 

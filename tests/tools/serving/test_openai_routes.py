@@ -27,6 +27,30 @@ def test_the_model_is_listed(talk):
     assert [model.id for model in talk.openai.models.list()] == ["tiny"]
 
 
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        (b'{"prompt":', "application/json", "the body is no JSON: Expecting value at character 10"),
+        (b"", "application/json", "the body is empty; right is a JSON object"),
+        (b'{"prompt": "a"}', "text/plain", "found the Content-Type 'text/plain'; right is application/json"),
+        (b'{"prompt": "\\ud800"}', "application/json", "prompt: Input should be a valid string, unable to parse"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_for_what_it_is(talk, body, kind, message):
+    answer = talk.http.post("/v1/completions", content=body, headers={"content-type": kind})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["message"].startswith(message)
+
+
+def test_a_path_or_a_method_that_is_not_there_is_told_by_name(talk):
+    for method, path, status, message in (
+        ("POST", "/predict", 404, "there is no /predict here; /docs tells what there is"),
+        ("GET", "/v1/completions", 405, "GET is not for /v1/completions"),
+    ):
+        answer = talk.http.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (status, message)
+
+
 def test_a_completion_is_what_the_model_writes_without_a_server(talk, chatting):
     prompt = chatting.generating.tokenizer.encode("Once").ids
     texts, counts = written(chatting, prompt, max_new_tokens=24, temperature=0.7, top_p=0.9, seed=5, num_samples=3)
