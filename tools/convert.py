@@ -5,6 +5,7 @@ a folder called OUT is a folder that agreed.
 """
 
 import contextlib
+import errno
 import inspect
 import json
 import math
@@ -140,10 +141,15 @@ def scratch_beside(out: Path) -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
         yield scratch
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)
+        if full in str(error):  # whoever says it: not all libraries raise an OSError, and a copy names what it read
+            raise UserError(str(out), f"cannot be made: {full}") from error
         if mistake := as_user_error(error, str(out)):
-            is_ours = str(error.filename or scratch).startswith(str(scratch))
-            raise (UserError(str(out), f"cannot be made: {error.strerror}") if is_ours else mistake) from error
+            is_ours = mistake.where.startswith(str(scratch))
+            raise (UserError(str(out), f"cannot be made: {mistake.message}") if is_ours else mistake) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -95,6 +95,16 @@ def test_a_place_where_nothing_can_be_made_is_told_by_its_own_name(run, tmp_path
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, os.strerror(28), "tokenizer.json"), RuntimeError(os.strerror(28))])
+def test_a_full_disk_is_told_of_the_folder_that_was_to_be_made(run, tmp_path, error):
+    def fails(source, partial):
+        raise error
+
+    with pytest.raises(UserError, match=f"^{tmp_path}/out: cannot be made: No space left on device$"):
+        climb(fails, run, tmp_path / "out", "--no-measure")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_drop_counts_in_points_of_a_hundred_or_in_per_cent_of_what_is_better_when_lower(climbed):
     rung = Rung.read(json.loads((climbed / "deployment.json").read_text())["rungs"][0])
 

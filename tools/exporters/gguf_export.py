@@ -7,7 +7,9 @@ Shapes: D hidden size, H heads, E size of a head, T tokens, V vocabulary.
 """
 
 import argparse
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import partial as bind
 from pathlib import Path
@@ -93,7 +95,13 @@ def write_gguf(folder: Path, file: Path, precision: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in tensors:
-        writer.write_tensor_data(_stored(tensor.read().float().numpy(), gguf.GGMLQuantizationType[tensor.kind]))
+        stored = _stored(tensor.read().float().numpy(), gguf.GGMLQuantizationType[tensor.kind])
+        try:
+            writer.write_tensor_data(stored)
+        except OSError as error:
+            if error.errno is None:  # numpy's, which has written a part and does not say why no more
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
+            raise
     writer.close()
 
 
