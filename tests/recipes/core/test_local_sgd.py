@@ -24,8 +24,6 @@ def cases(run_program, tmp_path_factory):
     def outcome(name):
         results = [json.loads(path.read_text()) for path in sorted((out / name).glob("result_*.json"))]
         for result in results:
-            if "not supported on your device" in result.get("error", ""):
-                pytest.skip("DeepSpeed finds no fp16 on this CPU")
             assert "error" not in result, result["error"]
         assert len({json.dumps(result) for result in results}) == 1  # the ranks agree
         return out / name, results[0]["steps"]
