@@ -8,7 +8,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import numpy as np
 import pyarrow
 
 from bigbatch.recipes.classify.config import LabeledDataSection
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.clean import clean
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
@@ -40,15 +38,11 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
-    split_tokenizer,
     tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, load_tokenizer, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
 
-# How texts become rows of tokens is decided when a split is opened, so these change nothing in the prepared folder.
-NOT_CONTENT = {"sequence_length", "packing", "on_long_text"}
 ROWS_AT_ONCE = 1024
 DROPOUT = 0  # stream of random numbers
 
@@ -66,15 +60,9 @@ def prepare(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> P
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
+    folder = prepare_splits(data, _build, tokenizer_folder)
     _tell(folder, data)
     return folder
-
-
-def prepared(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 def open_split(
@@ -177,9 +165,7 @@ def collate(
     return lay_out(windows, length if packing else None) | {"examples": examples}
 
 
-def _build(
-    folder: Path, files: dict[str, list[SourceFile]], data: LabeledDataSection, section: TokenizerSection
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: LabeledDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
     rows = cut_splits(data, rows, data.multi_label)
@@ -188,7 +174,7 @@ def _build(
         rows[split] = [row for row in rows[split] if is_known(row, labels, data.on_error, counts)]
     leaks = count_leaks(data, rows)
     check_splits(data, rows, counts)
-    tokenizer = make_tokenizer(section, (row.text for row in rows[TRAIN]), folder, knows_all=False)
+    tokenizer = make_tokenizer(data.tokenizer, (row.text for row in rows[TRAIN]), folder, knows_all=False)
     numbers = {label: number for number, label in enumerate(labels)}
     schema = _schema(data.multi_label)
     written = {

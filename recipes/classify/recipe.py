@@ -15,6 +15,7 @@ from bigbatch.recipes.classify.heads import problem_type
 from bigbatch.recipes.classify.models import build_classifier, foreign_classifier
 from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.clean import clean
+from bigbatch.recipes.core.data.splits import prepared_splits
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import Session
@@ -44,7 +45,7 @@ def prepare(config: ClassifyConfig) -> Path:
 def open_data(config: ClassifyConfig) -> DataSplits:
     """Map the prepared rows into memory."""
     start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     is_packed = config.data.packing and _can_pack(config, start)
 
     def samples(split: str) -> data.ClassifiedSamples | None:

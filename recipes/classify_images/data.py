@@ -9,7 +9,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,14 +38,12 @@ from bigbatch.recipes.core.data.splits import (
     count_leaks,
     cut_splits,
     prepare_splits,
-    prepared_splits,
     shown_counts,
     tell_left_out,
 )
 from bigbatch.recipes.core.errors import UserError
 
 IMAGES = "images"  # the table of all pixels
-NOT_CONTENT: set[str] = set()
 IMAGES_AT_ONCE = 256
 MIXUP, AUGMENT, PARTNER = range(3)  # streams of random numbers; the third is the augmentation of the image mixed in
 
@@ -67,14 +64,9 @@ class ImageRow(NamedTuple):
 
 def prepare(data: ImageDataSection) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it."""
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data))
+    folder = prepare_splits(data, _build)
     _tell(folder, data)
     return folder
-
-
-def prepared(data: ImageDataSection) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT)
 
 
 def open_split(

@@ -8,14 +8,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.chat import (
     Chat,
     Messages,
@@ -37,16 +35,13 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
     tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import make_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.dialogue.config import DialogueDataSection
 
-NOT_CONTENT = {"packing"}
 PACKED_AT_ONCE = 2048  # windows: packing takes the square of their number
 
 _NUMBERS = pyarrow.list_(pyarrow.int32())
@@ -97,15 +92,9 @@ def prepare(data: DialogueDataSection, tokenizer_folder: Path | None = None) -> 
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
+    folder = prepare_splits(data, _build, tokenizer_folder)
     _tell(folder, data)
     return folder
-
-
-def prepared(data: DialogueDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 class DialogueSamples:
@@ -229,15 +218,13 @@ def _pack(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
-def _build(
-    folder: Path, files: dict[str, list[SourceFile]], data: DialogueDataSection, section: TokenizerSection
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: DialogueDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows = cut_splits(data, {split: list(_read(data, found, counts)) for split, found in files.items()})
     leaks = count_leaks(data, rows)
     if not rows[TRAIN]:
         raise UserError("data.train", f"no dialogue is left to train on ({shown_counts(counts)})")
-    make_tokenizer(section, map(_training_text, rows[TRAIN]), folder, knows_all=False)
+    make_tokenizer(data.tokenizer, map(_training_text, rows[TRAIN]), folder, knows_all=False)
     install_template(folder, data.template)
     chat = open_chat(folder)
     windows = {split: list(_encode(data, found, chat, counts)) for split, found in rows.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bigbatch.recipes.core.data.examples import Examples
-from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
@@ -62,7 +62,7 @@ def prepare(config: ExtractConfig) -> Path:
 def open_data(config: ExtractConfig) -> DataSplits:
     """Map the prepared sentences into memory."""
     start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     train = data.ExtractSamples(folder, TRAIN, config)
     facts = {
         "vocabulary_size": starting_vocabulary(folder, start),

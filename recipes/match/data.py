@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
@@ -35,9 +34,7 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
     tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, make_tokenizer
@@ -46,8 +43,6 @@ from bigbatch.recipes.match.config import CollectionSection, MatchDataSection
 from bigbatch.recipes.match.ranking import Lexical, Ranked, top, without
 
 TEXTS, FOUND = "_texts", "_found"  # behind a split's name
-# What becomes of texts is decided when a split is opened, so these change nothing in the folder.
-NOT_CONTENT = {"sequence_length", "group_size", "rerank", "packing"}
 ROWS_AT_ONCE = 1024
 
 _NUMBERS = pyarrow.list_(pyarrow.int32())
@@ -115,15 +110,10 @@ def prepare(
     The tokenizer is that of a folder, or is made as the settings say. The miner is a model and a hash that stands for
     it.
     """
-    build = partial(_build, data=data, section=split_tokenizer(data, tokenizer_folder), embed=miner and miner[0])
-    folder = prepare_splits(data, NOT_CONTENT, build, tokenizer_folder, miner[1:] if miner else ())
+    build = partial(_build, embed=miner and miner[0])
+    folder = prepare_splits(data, build, tokenizer_folder, miner[1:] if miner else ())
     _tell(folder, data)
     return folder
-
-
-def prepared(data: MatchDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 def read_found(folder: Path, split: str) -> dict[int, tuple[Ranked, np.ndarray]]:
@@ -155,13 +145,7 @@ def rarities(folder: Path, vocabulary_size: int) -> np.ndarray:
     return found / found.mean()
 
 
-def _build(
-    folder: Path,
-    files: dict[str, list[SourceFile]],
-    data: MatchDataSection,
-    section: TokenizerSection,
-    embed: Embed | None,
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: MatchDataSection, embed: Embed | None) -> Built:
     counts: Counter[str] = Counter()
     collection = _read_collection(data, files, counts)
     rows = {split: list(_read(data, split, files[split], collection, counts)) for split in SPLITS}
@@ -172,7 +156,7 @@ def _build(
     check_splits(data, rows, counts)
     if data.mining:
         rows[TRAIN] = _with_mined(rows[TRAIN], data, embed)
-    tokenizer = make_tokenizer(section, _training_texts(rows[TRAIN], collection), folder, knows_all=False)
+    tokenizer = make_tokenizer(data.tokenizer, _training_texts(rows[TRAIN], collection), folder, knows_all=False)
     written: dict[str, ExampleSplit] = {}
     for split, found in rows.items():
         if found:

@@ -12,7 +12,7 @@ from torch import nn
 from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.identity import fingerprint
-from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.splits import SPLITS, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
@@ -51,7 +51,7 @@ def prepare(config: MatchConfig) -> Path:
 def open_data(config: MatchConfig) -> DataSplits:
     """Map the prepared pairs into memory."""
     start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     tokenizer = load_tokenizer(folder)
     if config.model.kind == "cross" and tokenizer.begin_of_text is None:
         raise UserError("data.tokenizer", "has no token that begins a text; kind 'wordpiece' has, and BERT's own")

@@ -8,14 +8,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
@@ -36,9 +34,7 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
     tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import (
@@ -52,8 +48,6 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.question_answering.config import SPECIAL_TOKENS, QuestionDataSection
 
 CONTEXTS = "_contexts"  # behind a split's name: the table of its contexts, each once
-# What becomes of questions and contexts is decided when a split is opened, so these change nothing in the folder.
-NOT_CONTENT = {"sequence_length", "question_tokens", "stride_tokens", "null_windows_kept", "packing"}
 ROWS_AT_ONCE = 1024
 MAX_GROUPS = 20  # of more kinds of questions none has figures of its own
 DROPOUT, KEEPING = 0, 2  # streams of random numbers; the contexts' dropout has the one behind the questions'
@@ -107,15 +101,9 @@ def prepare(data: QuestionDataSection, tokenizer_folder: Path | None = None) -> 
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
+    folder = prepare_splits(data, _build, tokenizer_folder)
     _tell(folder, data)
     return folder
-
-
-def prepared(data: QuestionDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 class QuestionSamples:
@@ -269,21 +257,14 @@ def token_span(context: Placed, start: int, end: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
-def _settings(data: QuestionDataSection, tokenizer_folder: Path | None) -> dict[str, Any]:
-    settings = data.model_dump(mode="json", exclude=NOT_CONTENT)
-    return settings | {"tokenizer": split_tokenizer(data, tokenizer_folder).model_dump(mode="json")}
-
-
-def _build(
-    folder: Path, files: dict[str, list[SourceFile]], data: QuestionDataSection, section: TokenizerSection
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: QuestionDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
     rows = cut_splits(data, rows)
     leaks = count_leaks(data, rows)
     if not rows[TRAIN]:
         raise UserError("data.train", f"no question is left to train on ({shown_counts(counts)})")
-    tokenizer = make_tokenizer(section, _training_texts(rows[TRAIN]), folder, knows_all=False)
+    tokenizer = make_tokenizer(data.tokenizer, _training_texts(rows[TRAIN]), folder, knows_all=False)
     if tokenizer.begin_of_text is None:
         raise UserError(
             "data.tokenizer", "has no token that begins a text; kind 'wordpiece' has, and so has BERT's own"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bigbatch.recipes.core.data.examples import Examples
-from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.splits import SPLITS, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
@@ -56,7 +56,7 @@ def prepare(config: QuestionAnsweringConfig) -> Path:
 def open_data(config: QuestionAnsweringConfig) -> DataSplits:
     """Map the prepared questions into memory."""
     start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     train = data.QuestionSamples(folder, "train", config.data, config.objective.token_dropout, config.seed)
     facts = {
         "vocabulary_size": starting_vocabulary(folder, start),

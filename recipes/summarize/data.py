@@ -6,7 +6,6 @@ W windows of at most S sentences, each sentence [CLS] its tokens [SEP], lie in R
 import re
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.clean import units
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
@@ -33,9 +31,7 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
     tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, make_tokenizer
@@ -43,8 +39,6 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.summarize.config import DocumentDataSection
 from bigbatch.recipes.summarize.rouge import Rouge
 
-# What becomes of documents is decided when a split is opened, so these change nothing in the folder.
-NOT_CONTENT = {"sequence_length", "summary_tokens", "window_sentences", "packing"}
 ROWS_AT_ONCE = 256
 DROPOUT = 0  # stream of random numbers
 BETWEEN_SENTENCES, BETWEEN_REFERENCES = "\n", "\n\n"
@@ -90,14 +84,8 @@ def prepare(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> 
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
+    folder = prepare_splits(data, _build, tokenizer_folder)
     return folder, tell_left_out(read_examples(folder).facts, data, "documents that stand")
-
-
-def prepared(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 def sentences_of(value: Any) -> list[str]:
@@ -137,9 +125,7 @@ def drop_tokens(
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
-def _build(
-    folder: Path, files: dict[str, list[SourceFile]], data: DocumentDataSection, section: TokenizerSection
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: DocumentDataSection) -> Built:
     counts: Counter[str] = Counter()
     rouge = Rouge()
     rows = {split: list(_read(data, found, rouge, counts)) for split, found in files.items()}
@@ -148,7 +134,7 @@ def _build(
     if not rows[TRAIN]:
         raise UserError("data.train", f"no document is left to train on ({shown_counts(counts)})")
     check_splits(data, rows, counts)
-    tokenizer = make_tokenizer(section, _training_texts(rows[TRAIN]), folder, knows_all=False)
+    tokenizer = make_tokenizer(data.tokenizer, _training_texts(rows[TRAIN]), folder, knows_all=False)
     written = {}
     for split, found in rows.items():
         if found:

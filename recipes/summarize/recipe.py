@@ -12,7 +12,7 @@ from torch import nn
 
 from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
-from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import Session
 from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
@@ -39,7 +39,7 @@ def prepare(config: SummarizeConfig) -> Path:
 def open_data(config: SummarizeConfig) -> DataSplits:
     """Map the prepared documents into memory."""
     start = _way(config).find(config)
-    splits, facts = _open(config, data.prepared(config.data, start.tokenizer if start else None), start)
+    splits, facts = _open(config, prepared_splits(config.data, start.tokenizer if start else None), start)
     train, sides = splits[TRAIN], splits[TRAIN].mean_tokens
     facts |= {"end_of_text": train.tokenizer.end_of_text, "train_samples": train.num_samples}
     facts |= {"tokens_of_sides": sides, "tokens_per_sample": round(sum(sides))}

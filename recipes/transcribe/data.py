@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +36,6 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
     tell_left_out,
 )
@@ -46,7 +44,6 @@ from bigbatch.recipes.transcribe.audio import read_recordings, resampled
 from bigbatch.recipes.transcribe.config import AudioDataSection, AugmentSection, TranscribeConfig
 
 RECORDINGS = "recordings"  # the table of all samples
-NOT_CONTENT: set[str] = set()
 SAMPLES_AT_ONCE = 2**24
 PIECES, AUGMENT = range(2)  # streams of random numbers
 
@@ -76,7 +73,7 @@ class RecordingRow(NamedTuple):
 
 def prepare(data: AudioDataSection) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it."""
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data))
+    folder = prepare_splits(data, _build)
     facts, lines = read_examples(folder).facts, []
     for split, (count, seconds) in facts["sizes"].items():
         lines.append(f"{split}: {count:,} recordings, {seconds / 3600:.2f} hours")
@@ -84,11 +81,6 @@ def prepare(data: AudioDataSection) -> Path:
     lines += tell_left_out(facts, data, "recordings that are")
     print("\n".join(lines), file=sys.stderr, flush=True)
     return folder
-
-
-def prepared(data: AudioDataSection) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT)
 
 
 def open_split(folder: Path, split: str, config: TranscribeConfig) -> "SpeechSamples | None":

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from torch import nn
 
-from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, shown_counts
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits, shown_counts
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignSpeech, Session
 from bigbatch.recipes.core.models.hugging_face import conversion_record, load_own, own_export
@@ -45,7 +45,7 @@ def prepare(config: TranscribeConfig) -> Path:
 
 def open_data(config: TranscribeConfig) -> DataSplits:
     """Map the prepared recordings into memory."""
-    folder = data.prepared(config.data)
+    folder = prepared_splits(config.data)
     train, validation, test = (data.open_split(folder, split, config) for split in SPLITS)
     assert train is not None  # prepare refuses data without training recordings
     facts = {

@@ -10,7 +10,6 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ import numpy as np
 import pyarrow
 from tokenizers.processors import TemplateProcessing
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.examples import ORIGIN, Built, Examples, read_examples, record_batches, write_split
 from bigbatch.recipes.core.data.packing import first_fit_pairs
 from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
@@ -33,9 +31,7 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
     tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import (
@@ -84,15 +80,9 @@ def prepare(data: PairDataSection, tokenizer_folder: Path | None = None) -> Path
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, set(), partial(_build, data=data, section=section), tokenizer_folder)
+    folder = prepare_splits(data, _build, tokenizer_folder)
     _tell(folder, data)
     return folder
-
-
-def prepared(data: PairDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, set(), tokenizer_folder)
 
 
 class PairSamples:
@@ -179,7 +169,7 @@ def _lay_out(
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
-def _build(folder: Path, files: dict[str, list[SourceFile]], data: PairDataSection, section: TokenizerSection) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: PairDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
     rows = cut_splits(data, rows)
@@ -187,8 +177,8 @@ def _build(folder: Path, files: dict[str, list[SourceFile]], data: PairDataSecti
     if not rows[TRAIN]:
         raise UserError("data.train", f"no pair is left to train on ({shown_counts(counts)})")
     texts = (text for row in rows[TRAIN] for text in (row.text, row.target))
-    tokenizer = make_tokenizer(section, texts, folder, knows_all=False)
-    if tokenizer.begin_of_text is None and section.kind != "pretrained":
+    tokenizer = make_tokenizer(data.tokenizer, texts, folder, knows_all=False)
+    if tokenizer.begin_of_text is None and data.tokenizer.kind != "pretrained":
         tokenizer = _with_an_end(tokenizer, folder)
     encoded = {split: list(_encode(found, tokenizer, data, counts)) for split, found in rows.items()}
     left = {split: [row for row, *_ in items] for split, items in encoded.items()}

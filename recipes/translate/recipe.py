@@ -12,7 +12,7 @@ from torch import nn
 
 from bigbatch.recipes.core.data.examples import Examples, read_examples
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
-from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.splits import SPLITS, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignSeq2Seq, Session
@@ -42,7 +42,7 @@ def prepare(config: TranslateConfig) -> Path:
 def open_data(config: TranslateConfig) -> DataSplits:
     """Map the prepared pairs into memory."""
     start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     facts = starting_facts(config.model, folder, start)
     begin = facts["begin_of_target"]
     train = data.PairSamples(folder, "train", config.data, begin, config.seed)

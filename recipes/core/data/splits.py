@@ -131,34 +131,39 @@ def check_splits(data: SplitSources, rows: dict[str, list[Any]], counts: dict[st
 
 def prepare_splits(
     data: SplitSources,
-    not_content: set[str],
-    build: Callable[[Path, dict[str, list[SourceFile]]], Built],
+    build: Callable[[Path, dict[str, list[SourceFile]], Any], Built],
     tokenizer_folder: Path | None = None,
     further_hashes: tuple[str, ...] = (),
 ) -> Path:
-    """Make the prepared folder of these settings and sources by `build(folder, files by split)`, or find it.
+    """Make the prepared folder of these settings and sources by `build(folder, files by split, settings)`, or find it.
 
-    `not_content` names the settings that change nothing in the folder. Where the section has a tokenizer, it is that of
-    a folder, or is made as the settings say.
-
+    With `tokenizer_folder` the settings that `build` gets have the tokenizer there instead of their own.
     `further_hashes` stand for what else goes into the folder.
     """
-    hashes = tokenizer_hashes(data, tokenizer_folder) if hasattr(data, "tokenizer") else ()
-    files = list_split_files(data)
-    request = Request(_content(data, not_content, tokenizer_folder), files, hashes + further_hashes)
-    return prepare_examples(Path(data.prepared_dir), request, lambda folder: build(folder, request.files))
+    data = _with_tokenizer(data, tokenizer_folder)
+    hashes = _tokenizer_hashes(data.tokenizer) if hasattr(data, "tokenizer") else ()
+    request = Request(_content(data), list_split_files(data), hashes + further_hashes)
+    return prepare_examples(Path(data.prepared_dir), request, lambda folder: build(folder, request.files, data))
 
 
-def prepared_splits(data: SplitSources, not_content: set[str], tokenizer_folder: Path | None = None) -> Path:
+def prepared_splits(data: SplitSources, tokenizer_folder: Path | None = None) -> Path:
     """Return the folder that `prepare_splits` made last for these settings; the sources may be gone by now."""
-    return latest_examples(Path(data.prepared_dir), _content(data, not_content, tokenizer_folder))
+    return latest_examples(Path(data.prepared_dir), _content(_with_tokenizer(data, tokenizer_folder)))
 
 
-def _content(data: SplitSources, not_content: set[str], tokenizer_folder: Path | None) -> dict[str, Any]:
-    settings = data.model_dump(mode="json", exclude={"prepared_dir", *not_content})
-    if hasattr(data, "tokenizer"):
-        settings["tokenizer"] = split_tokenizer(data, tokenizer_folder).model_dump(mode="json")
-    return settings
+def _content(data: SplitSources) -> dict[str, Any]:
+    return data.model_dump(mode="json", exclude={"prepared_dir", *data.not_content})
+
+
+def _with_tokenizer(data: SplitSources, folder: Path | None) -> SplitSources:
+    """Return the settings with the tokenizer of the folder of a model to start from."""
+    given = {"tokenizer": TokenizerSection(kind="pretrained", path=str(folder))} if folder else {}
+    return data.model_copy(update=given)
+
+
+def _tokenizer_hashes(section: TokenizerSection) -> tuple[str, ...]:
+    """Return what stands for a tokenizer that is brought along."""
+    return (fingerprint(given_tokenizer_file(section)),) if section.kind == "pretrained" else ()
 
 
 def tell_left_out(facts: dict[str, Any], data: SplitSources, leaked: str) -> list[str]:
@@ -173,17 +178,6 @@ def tell_left_out(facts: dict[str, Any], data: SplitSources, leaked: str) -> lis
         treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
         lines.append(f"{leaked} in an earlier split too: {shown_counts(leaks)}; {treated}")
     return lines
-
-
-def split_tokenizer(data: SplitSources, folder: Path | None) -> TokenizerSection:
-    """Return the settings' tokenizer, or that of the folder of a model to start from."""
-    return TokenizerSection(kind="pretrained", path=str(folder)) if folder else data.tokenizer
-
-
-def tokenizer_hashes(data: SplitSources, folder: Path | None) -> tuple[str, ...]:
-    """Return what stands for a tokenizer that is brought along."""
-    section = split_tokenizer(data, folder)
-    return (fingerprint(given_tokenizer_file(section)),) if section.kind == "pretrained" else ()
 
 
 def list_split_files(data: SplitSources) -> dict[str, list[SourceFile]]:

@@ -13,9 +13,10 @@ from bigbatch.recipes.core.config import TableSource
 from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.rows import read_rows
 from bigbatch.recipes.core.data.sources import list_files
+from bigbatch.recipes.core.data.splits import prepared_splits
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.summarize.config import DocumentDataSection
-from bigbatch.recipes.summarize.data import prepare, prepared, references_of, sentences_of
+from bigbatch.recipes.summarize.data import prepare, references_of, sentences_of
 from bigbatch.recipes.summarize.pairs import PairSamples
 from bigbatch.recipes.summarize.rouge import KINDS, Rouge
 from bigbatch.recipes.summarize.windows import DocumentSamples, cut_document
@@ -59,7 +60,7 @@ def test_a_summary_is_one_text_several_references_or_the_sentences_of_one():
 def test_windows_hold_the_tokens_of_their_sentences_and_what_is_right(tmp_path):
     data = section_of(tmp_path)
     samples = DocumentSamples(prepare(data)[0], "train", data)
-    assert prepared(data) == next(path for path in (tmp_path / "prepared").iterdir() if path.is_dir())
+    assert prepared_splits(data) == next(path for path in (tmp_path / "prepared").iterdir() if path.is_dir())
     batch = samples.batch(np.array([0, 1]), np.array([0, 0]))
     tokenizer = samples.tokenizer.tokenizer
     assert (batch["places"] >= 0).sum(1).tolist() == [3, 2]
