@@ -5,7 +5,6 @@ N texts of a batch are cut into W windows, which lie in R rows of T tokens; C la
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, load_tokenizer, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
@@ -61,7 +60,7 @@ def prepare(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> P
     The tokenizer is that of a folder, or is made as the settings say.
     """
     folder = prepare_splits(data, _build, tokenizer_folder)
-    _tell(folder, data)
+    tell_prepared(folder, data, _held(folder, data), "texts that stand")
     return folder
 
 
@@ -268,10 +267,10 @@ def _refuse_long(examples: Examples, lengths: np.ndarray, data: LabeledDataSecti
         raise UserError(origin, f"{found}; data.on_long_text 'truncate' or 'window' takes longer texts")
 
 
-def _tell(folder: Path, data: LabeledDataSection) -> None:
-    """Say what a prepared folder holds and what it does not; raise UserError for a text that is to be refused."""
+def _held(folder: Path, data: LabeledDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each; raise UserError for a text that is to be refused."""
     manifest = read_examples(folder)
-    facts, lines = manifest.facts, []
+    facts = manifest.facts
     for split, about in manifest.splits.items():
         examples = Examples(folder, split)
         lengths = examples.lengths("tokens")
@@ -283,6 +282,4 @@ def _tell(folder: Path, data: LabeledDataSection) -> None:
         if share := float((lengths > data.sequence_length).mean()):
             treated = "read in windows" if data.on_long_text == "window" else "cut there"
             line += f"; {share:.1%} are longer than {data.sequence_length} tokens, {treated}"
-        lines.append(line)
-    lines += tell_left_out(facts, data, "texts that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield line

@@ -6,7 +6,6 @@ N images of a batch, C channels, S pixels a side.
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,7 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     prepare_splits,
     shown_counts,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.errors import UserError
 
@@ -65,7 +64,7 @@ class ImageRow(NamedTuple):
 def prepare(data: ImageDataSection) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it."""
     folder = prepare_splits(data, _build)
-    _tell(folder, data)
+    tell_prepared(folder, data, _held(folder, data), "images that are")
     return folder
 
 
@@ -182,13 +181,11 @@ def _chunk(images: list[np.ndarray]) -> pyarrow.RecordBatch:
     return pyarrow.record_batch([pyarrow.ListArray.from_arrays(ends, np.concatenate(images))], schema=_PIXELS)
 
 
-def _tell(folder: Path, data: ImageDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
-    facts, lines = read_examples(folder).facts, []
+def _held(folder: Path, data: ImageDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
+    facts = read_examples(folder).facts
     for split, tally in facts["class_counts"].items():
         counts = sorted(zip(tally, facts["labels"], strict=True), key=lambda pair: -pair[0])
         most = ", ".join(f"{label} {count:,}" for count, label in counts[:SHOWN_LABELS])
         more = f" and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
-        lines.append(f"{split}: {sum(tally):,} images: {most}{more}")
-    lines += tell_left_out(facts, data, "images that are")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{split}: {sum(tally):,} images: {most}{more}"

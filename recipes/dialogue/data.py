@@ -5,7 +5,6 @@ W windows, each a dialogue or a part of one that fits a row, lie in R rows of T 
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +35,7 @@ from bigbatch.recipes.core.data.splits import (
     leave_out,
     prepare_splits,
     shown_counts,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import make_tokenizer
 from bigbatch.recipes.core.errors import UserError
@@ -93,7 +92,7 @@ def prepare(data: DialogueDataSection, tokenizer_folder: Path | None = None) -> 
     The tokenizer is that of a folder, or is made as the settings say.
     """
     folder = prepare_splits(data, _build, tokenizer_folder)
-    _tell(folder, data)
+    tell_prepared(folder, data, _held(folder, data), "dialogues that stand")
     return folder
 
 
@@ -280,10 +279,10 @@ def _record(window: Window, origin: str) -> tuple[Any, ...]:
     return window.tokens, firsts, ends, window.places, json.dumps(window.messages), origin
 
 
-def _tell(folder: Path, data: DialogueDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
+def _held(folder: Path, data: DialogueDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
     manifest = read_examples(folder)
-    facts, lines = manifest.facts, []
+    facts = manifest.facts
     for split in (split for split in SPLITS if split in manifest.splits):
         samples = DialogueSamples(folder, split, data)
         examples, count = samples.examples, facts["dialogues"][split]
@@ -293,9 +292,7 @@ def _tell(folder: Path, data: DialogueDataSection) -> None:
         )
         if (parts := examples.num_rows) > count:
             line += f"; the longer ones are cut, {parts:,} parts in all"
-        lines.append(line)
+        yield line
     if facts["cut"]:
         length = data.sequence_length
-        lines.append(f"{facts['cut']:,} turns are longer than a row of {length} tokens and lose their beginning or end")
-    lines += tell_left_out(facts, data, "dialogues that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{facts['cut']:,} turns are longer than a row of {length} tokens and lose their beginning or end"

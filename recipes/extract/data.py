@@ -6,9 +6,8 @@ of K.
 
 import hashlib
 import json
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from bigbatch.recipes.core.data.splits import (
     leave_out,
     prepare_splits,
     shown_counts,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_tokenizer, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
@@ -76,7 +75,7 @@ class Window(NamedTuple):
 def prepare(data: ExtractDataSection, tokenizer_folder: Path | None = None) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it."""
     folder = prepare_splits(data, _build, tokenizer_folder)
-    _tell(folder, data)
+    tell_prepared(folder, data, _held(folder, data), "sentences that stand")
     return folder
 
 
@@ -380,14 +379,11 @@ def _record(row: Sentence, pieces: dict[str, np.ndarray], labels: list[str]) -> 
     return row.text, starts, ends, np.concatenate(own), list(map(len, own)), firsts, stops, tags, relation, row.origin
 
 
-def _tell(folder: Path, data: ExtractDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
+def _held(folder: Path, data: ExtractDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
     manifest = read_examples(folder)
-    lines = []
     for split in (split for split in SPLITS if split in manifest.splits):
         examples = Examples(folder, split)
         words, entities = int(examples.lengths("counts").sum()), int(examples.lengths("firsts").sum())
         what = f"{len(manifest.facts['labels'])} relations" if data.task == "relations" else f"{entities:,} entities"
-        lines.append(f"{split}: {examples.num_rows:,} sentences, {words:,} words, {what}")
-    lines += tell_left_out(manifest.facts, data, "sentences that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{split}: {examples.num_rows:,} sentences, {words:,} words, {what}"

@@ -5,7 +5,6 @@ third: what BM25 finds for each left text.
 """
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,7 +34,7 @@ from bigbatch.recipes.core.data.splits import (
     leave_out,
     prepare_splits,
     shown_counts,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
@@ -112,7 +111,7 @@ def prepare(
     """
     build = partial(_build, embed=miner and miner[0])
     folder = prepare_splits(data, build, tokenizer_folder, miner[1:] if miner else ())
-    _tell(folder, data)
+    tell_prepared(folder, data, _held(folder, data), "rows that stand")
     return folder
 
 
@@ -380,10 +379,10 @@ def _found(
         yield number, found.documents[: data.depth], found.scores[: data.depth], excluded[left]
 
 
-def _tell(folder: Path, data: MatchDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
+def _held(folder: Path, data: MatchDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
     manifest = read_examples(folder)
-    facts, lines = manifest.facts, []
+    facts = manifest.facts
     for split in (split for split in SPLITS if split in manifest.splits):
         texts = Examples(folder, split + TEXTS)
         is_right = texts.numbers("is_right")
@@ -391,8 +390,6 @@ def _tell(folder: Path, data: MatchDataSection) -> None:
         line += f"{int(is_right.sum()):,} right texts"
         if long := int((texts.lengths("tokens") > data.sequence_length).sum()):
             line += f"; {long:,} of them are cut at {data.sequence_length} tokens"
-        lines.append(line)
+        yield line
     if empty := facts["empty_documents"]:
-        lines.append(f"{empty:,} documents are empty: no search finds them")
-    lines += tell_left_out(facts, data, "rows that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{empty:,} documents are empty: no search finds them"

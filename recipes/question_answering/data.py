@@ -5,7 +5,6 @@ W windows, [CLS] question [SEP] part of the context [SEP], lie in R rows of T to
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +34,7 @@ from bigbatch.recipes.core.data.splits import (
     leave_out,
     prepare_splits,
     shown_counts,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import (
     Placed,
@@ -102,7 +101,7 @@ def prepare(data: QuestionDataSection, tokenizer_folder: Path | None = None) -> 
     The tokenizer is that of a folder, or is made as the settings say.
     """
     folder = prepare_splits(data, _build, tokenizer_folder)
-    _tell(folder, data)
+    tell_prepared(folder, data, _held(folder, data), "questions on contexts that stand")
     return folder
 
 
@@ -357,10 +356,10 @@ def _record(item: EncodedRow) -> tuple[Any, ...]:
     return row.question, item.tokens, item.context, starts, ends, item.first, item.last, row.group, row.origin
 
 
-def _tell(folder: Path, data: QuestionDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
+def _held(folder: Path, data: QuestionDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
     manifest = read_examples(folder)
-    facts, lines = manifest.facts, []
+    facts = manifest.facts
     for split in (split for split in SPLITS if split in manifest.splits):
         samples = QuestionSamples(folder, split, data)
         count, answered = samples.questions.num_rows, facts["answered"][split]
@@ -368,8 +367,6 @@ def _tell(folder: Path, data: QuestionDataSection) -> None:
         line += f"an answer; {samples.num_samples:,} windows of {data.sequence_length} tokens at most"
         if long := int((samples.questions.lengths("tokens") > data.question_tokens).sum()):
             line += f"; {long:,} questions are cut at {data.question_tokens} tokens"
-        lines.append(line)
+        yield line
     if inside := facts["inside"]:
-        lines.append(f"{inside:,} answers begin or end inside a token, and are taken to reach to its ends")
-    lines += tell_left_out(facts, data, "questions on contexts that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{inside:,} answers begin or end inside a token, and are taken to reach to its ends"

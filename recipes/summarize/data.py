@@ -17,7 +17,6 @@ from bigbatch.recipes.core.data.clean import units
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
-    read_examples,
     record_batches,
     write_split,
 )
@@ -32,7 +31,6 @@ from bigbatch.recipes.core.data.splits import (
     leave_out,
     prepare_splits,
     shown_counts,
-    tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
@@ -79,13 +77,12 @@ class DocumentRow(NamedTuple):
         return self.text.split(BETWEEN_SENTENCES)
 
 
-def prepare(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> tuple[Path, list[str]]:
-    """Make the prepared folder of these settings and sources, or find it; return also what to say that is not in it.
+def prepare(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> Path:
+    """Make the prepared folder of these settings and sources, or find it.
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    folder = prepare_splits(data, _build, tokenizer_folder)
-    return folder, tell_left_out(read_examples(folder).facts, data, "documents that stand")
+    return prepare_splits(data, _build, tokenizer_folder)
 
 
 def sentences_of(value: Any) -> list[str]:

@@ -1,7 +1,6 @@
 """Summarize a document: choose sentences of it (extracting.py), or write (writing.py)."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +11,7 @@ from torch import nn
 
 from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
-from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits, tell_prepared
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import Session
 from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
@@ -30,9 +29,10 @@ WHOLE_SPLIT = True
 def prepare(config: SummarizeConfig) -> Path:
     """Split and tokenize the documents, and label their best sentences; say on standard error what there is."""
     start = _way(config).find(config)
-    folder, left_out = data.prepare(config.data, start.tokenizer if start else None)
+    folder = data.prepare(config.data, start.tokenizer if start else None)
     splits, _ = _open(config, folder, start)
-    print("\n".join([f"{name}: {split.described()}" for name, split in splits.items()] + left_out), file=sys.stderr)
+    held = (f"{name}: {split.described()}" for name, split in splits.items())
+    tell_prepared(folder, config.data, held, "documents that stand")
     return folder
 
 

@@ -6,7 +6,6 @@ B utterances of S samples at the most, L units of text.
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -37,7 +36,7 @@ from bigbatch.recipes.core.data.splits import (
     leave_out,
     prepare_splits,
     shown_counts,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.transcribe.audio import read_recordings, resampled
@@ -74,12 +73,10 @@ class RecordingRow(NamedTuple):
 def prepare(data: AudioDataSection) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it."""
     folder = prepare_splits(data, _build)
-    facts, lines = read_examples(folder).facts, []
-    for split, (count, seconds) in facts["sizes"].items():
-        lines.append(f"{split}: {count:,} recordings, {seconds / 3600:.2f} hours")
-    lines.append(f"alphabet of {len(facts['alphabet'])}: {shown(' '.join(facts['alphabet']))}")
-    lines += tell_left_out(facts, data, "recordings that are")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    sizes, alphabet = (read_examples(folder).facts[name] for name in ("sizes", "alphabet"))
+    held = [f"{split}: {count:,} recordings, {seconds / 3600:.2f} hours" for split, (count, seconds) in sizes.items()]
+    held.append(f"alphabet of {len(alphabet)}: {shown(' '.join(alphabet))}")
+    tell_prepared(folder, data, held, "recordings that are")
     return folder
 
 

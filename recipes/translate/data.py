@@ -7,7 +7,6 @@ S tokens of the sources lie in each of B rows, and T tokens of the targets.
 import hashlib
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ from bigbatch.recipes.core.data.splits import (
     leave_out,
     prepare_splits,
     shown_counts,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import (
     SETTINGS_FILE,
@@ -81,7 +80,7 @@ def prepare(data: PairDataSection, tokenizer_folder: Path | None = None) -> Path
     The tokenizer is that of a folder, or is made as the settings say.
     """
     folder = prepare_splits(data, _build, tokenizer_folder)
-    _tell(folder, data)
+    tell_prepared(folder, data, _held(folder, data), "texts that stand")
     return folder
 
 
@@ -258,9 +257,9 @@ def _record(item: tuple[PairRow, np.ndarray, np.ndarray]) -> tuple[Any, ...]:
     return row.text, row.target, source, target, row.score, row.origin
 
 
-def _tell(folder: Path, data: PairDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
-    manifest, lines = read_examples(folder), []
+def _held(folder: Path, data: PairDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
+    manifest = read_examples(folder)
     for split in (split for split in SPLITS if split in manifest.splits):
         samples = PairSamples(folder, split, data, 0)
         source, target = samples.lengths.mean(0)
@@ -268,6 +267,4 @@ def _tell(folder: Path, data: PairDataSection) -> None:
         if samples.row_tokens:
             filled = samples.lengths.sum() / (2 * samples.num_samples * samples.row_tokens)
             line += f", in {samples.num_samples:,} rows of {samples.row_tokens} and as many, {filled:.1%} full"
-        lines.append(line)
-    lines += tell_left_out(manifest.facts, data, "texts that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield line

@@ -1,7 +1,8 @@
 """Rows in three splits: what falls to which, which texts stand in two, and the files and tokenizer they come from."""
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import xxhash
 
 from bigbatch.recipes.core.config import TokenizerSection
-from bigbatch.recipes.core.data.examples import Built, Request, latest_examples, prepare_examples
+from bigbatch.recipes.core.data.examples import Built, Request, latest_examples, prepare_examples, read_examples
 from bigbatch.recipes.core.data.sources import SourceFile, list_files, shared_file
 from bigbatch.recipes.core.data.tokenizing import fingerprint, given_tokenizer_file
 from bigbatch.recipes.core.errors import UserError
@@ -166,18 +167,19 @@ def _tokenizer_hashes(section: TokenizerSection) -> tuple[str, ...]:
     return (fingerprint(given_tokenizer_file(section)),) if section.kind == "pretrained" else ()
 
 
-def tell_left_out(facts: dict[str, Any], data: SplitSources, leaked: str) -> list[str]:
-    """Return the lines that say what a prepared folder does not hold, of the facts `counts` and `leaks`.
+def tell_prepared(folder: Path, data: SplitSources, held: Iterable[str], leaked: str) -> None:
+    """Say on standard error what a prepared folder holds, in given lines, and what it does not.
 
-    Of the counts, `read` is what there was. `leaked` says what stands in two splits, as "texts that stand".
+    That is in the facts `counts`, of which `read` is what there was, and `leaks`. `leaked` says what stands in two
+    splits, as "texts that stand".
     """
-    lines = []
+    facts, lines = read_examples(folder).facts, list(held)
     if left_out := {name: count for name, count in facts["counts"].items() if count and name != "read"}:
         lines.append(f"left out: {shown_counts(left_out)}")
     if leaks := {split: count for split, count in facts["leaks"].items() if count}:
         treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
         lines.append(f"{leaked} in an earlier split too: {shown_counts(leaks)}; {treated}")
-    return lines
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def list_split_files(data: SplitSources) -> dict[str, list[SourceFile]]:
