@@ -26,7 +26,7 @@ from bigbatch.recipes.core.data.examples import (
 from bigbatch.recipes.core.data.labels import SHOWN_LABELS, is_known, label_names
 from bigbatch.recipes.core.data.packing import cut_windows, lay_out, truncated
 from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
-from bigbatch.recipes.core.data.sampler import Order, random_words
+from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
     TEST,
@@ -39,11 +39,11 @@ from bigbatch.recipes.core.data.splits import (
     prepare_splits,
     tell_prepared,
 )
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, load_tokenizer, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
 
 ROWS_AT_ONCE = 1024
-DROPOUT = 0  # stream of random numbers
 
 
 class LabeledRow(NamedTuple):
@@ -110,24 +110,14 @@ class ClassifiedSamples:
         if self.data.on_long_text == "truncate":
             texts = [truncated(text, self.data.sequence_length) for text in texts]
         if self.token_dropout:
-            texts = self._drop(texts, Order(sample_ids, epochs))
+            order = Order(sample_ids, epochs)
+            texts = drop_tokens(texts, self.token_dropout, self.seed, order, self.tokenizer, has_special=True)
         batch = collate(texts, self.data, self.packing, self.tokenizer)
         return batch | {"labels": self.targets[sample_ids]}
 
     def texts(self, sample_ids: np.ndarray) -> list[str]:
         """Return what stands in these samples, cleaned."""
         return self.examples.texts("text", sample_ids)
-
-    def _drop(self, texts: list[np.ndarray], order: Order) -> list[np.ndarray]:
-        """Replace each token but the special ones by the unknown one with a chance of `token_dropout`."""
-        words = random_words(self.seed, order, DROPOUT, max(map(len, texts)))
-        is_dropped = words < np.uint64(self.token_dropout * 2.0**64)
-        is_dropped[:, : self.tokenizer.begin_of_text is not None] = False
-        dropped = []
-        for text, chosen in zip(texts, is_dropped, strict=True):
-            chosen[len(text) - 1] = False
-            dropped.append(np.where(chosen[: len(text)], np.uint32(self.tokenizer.unknown or 0), text))
-        return dropped
 
     def _read_targets(self) -> np.ndarray:
         if not self.multi_label:

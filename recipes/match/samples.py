@@ -12,8 +12,9 @@ import numpy as np
 
 from bigbatch.recipes.core.data.examples import Examples, read_examples
 from bigbatch.recipes.core.data.packing import lay_out, truncated
-from bigbatch.recipes.core.data.sampler import Order, random_words, sample_order
+from bigbatch.recipes.core.data.sampler import Order, sample_order
 from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.match.config import MatchConfig, MatchDataSection
@@ -108,12 +109,8 @@ class PairSamples(_Texts):
         texts = self.tokens(numbers)
         if not self.token_dropout:
             return texts
-        words = random_words(self.seed, order, stream, max(map(len, texts)))
-        is_dropped = words < np.uint64(self.token_dropout * 2.0**64)
-        is_dropped[:, 0] &= self.tokenizer.begin_of_text is None
-        unknown = np.uint32(self.tokenizer.unknown or 0)
-        dropped = zip(texts, is_dropped, strict=True)
-        return [np.append(np.where(row[: len(t) - 1], unknown, t[:-1]), t[-1]).astype(np.uint32) for t, row in dropped]
+        drawn = (self.token_dropout, self.seed, order, self.tokenizer, stream)
+        return drop_tokens(texts, *drawn, has_special=True)
 
 
 class TextSamples(_Texts):

@@ -36,6 +36,7 @@ from bigbatch.recipes.core.data.splits import (
     shown_counts,
     tell_prepared,
 )
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import (
     Placed,
     TextTokenizer,
@@ -49,7 +50,7 @@ from bigbatch.recipes.question_answering.config import SPECIAL_TOKENS, QuestionD
 CONTEXTS = "_contexts"  # behind a split's name: the table of its contexts, each once
 ROWS_AT_ONCE = 1024
 MAX_GROUPS = 20  # of more kinds of questions none has figures of its own
-DROPOUT, KEEPING = 0, 2  # streams of random numbers; the contexts' dropout has the one behind the questions'
+QUESTION_DROPOUT, CONTEXT_DROPOUT, KEEPING = range(3)  # streams of random numbers
 
 _NUMBERS, _TOKENS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.uint32())
 CONTEXT_SCHEMA = pyarrow.schema({"text": pyarrow.string(), "tokens": _TOKENS, "starts": _NUMBERS, "ends": _NUMBERS})
@@ -139,8 +140,9 @@ class QuestionSamples:
         questions = self.questions.lists("tokens", rows)
         contexts = self.contexts.lists("tokens", self.context_numbers[rows])
         if self.token_dropout:
-            order = Order(sample_ids, epochs)
-            questions, contexts = self._drop(questions, order, 0), self._drop(contexts, order, 1)
+            drawn = (self.token_dropout, self.seed, Order(sample_ids, epochs), self.tokenizer)
+            questions = drop_tokens(questions, *drawn, QUESTION_DROPOUT)
+            contexts = drop_tokens(contexts, *drawn, CONTEXT_DROPOUT)
         batch = collate(questions, contexts, begins, self.data, self.tokenizer)
         first, last = (self.targets[rows] - begins[:, None] + batch["contexts"][:, None]).T
         holds = self._holds(rows, begins, batch["lengths"] - batch["contexts"] - 1)
@@ -154,13 +156,6 @@ class QuestionSamples:
     def _is_kept(self, rows: np.ndarray, begins: np.ndarray, parts: np.ndarray) -> np.ndarray:
         chances = random_words(0, Order(np.arange(len(rows)), np.zeros(len(rows), np.int64)), KEEPING, 1)[:, 0]
         return self._holds(rows, begins, parts) | (chances / 2.0**64 < self.data.null_windows_kept)
-
-    def _drop(self, texts: list[np.ndarray], order: Order, part: int) -> list[np.ndarray]:
-        """Replace each token by the unknown one with a chance of `token_dropout`."""
-        words = random_words(self.seed, order, DROPOUT + part, max(map(len, texts)))
-        is_dropped = words < np.uint64(self.token_dropout * 2.0**64)
-        unknown = np.uint32(self.tokenizer.unknown or 0)
-        return [np.where(chosen[: len(text)], unknown, text) for text, chosen in zip(texts, is_dropped, strict=True)]
 
     def _fingerprint(self) -> str:
         section = self.data

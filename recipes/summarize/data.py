@@ -21,7 +21,6 @@ from bigbatch.recipes.core.data.examples import (
     write_split,
 )
 from bigbatch.recipes.core.data.rows import read_rows, shown
-from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
     TRAIN,
@@ -38,7 +37,6 @@ from bigbatch.recipes.summarize.config import DocumentDataSection
 from bigbatch.recipes.summarize.rouge import Rouge
 
 ROWS_AT_ONCE = 256
-DROPOUT = 0  # stream of random numbers
 BETWEEN_SENTENCES, BETWEEN_REFERENCES = "\n", "\n\n"
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -108,15 +106,6 @@ def references_of(value: Any, are_sentences: bool) -> list[str]:
     several = isinstance(value, list) and not (are_sentences and all(isinstance(part, str) for part in value))
     found = [sentences_of(part) for part in (value if several else [value])]
     return [BETWEEN_SENTENCES.join(sentences) for sentences in found if sentences]
-
-
-def drop_tokens(
-    texts: list[np.ndarray], chance: float, seed: int, order: Order, tokenizer: TextTokenizer
-) -> list[np.ndarray]:
-    """Replace each token by the unknown one with a chance, drawn anew in every epoch."""
-    words = random_words(seed, order, DROPOUT, max(1, *map(len, texts)))
-    is_dropped, unknown = words < np.uint64(chance * 2.0**64), np.uint32(tokenizer.unknown or 0)
-    return [np.where(chosen[: len(text)], unknown, text) for text, chosen in zip(texts, is_dropped, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------- prepare

@@ -13,9 +13,9 @@ from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.packing import first_fit_pairs, truncated
 from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_tokenizer
 from bigbatch.recipes.summarize.config import DocumentDataSection
-from bigbatch.recipes.summarize.data import drop_tokens
 
 
 class PairSamples:

@@ -13,10 +13,10 @@ from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.packing import lay_out
 from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.summarize.config import SPECIAL_TOKENS, DocumentDataSection
-from bigbatch.recipes.summarize.data import drop_tokens
 
 
 class DocumentSamples:
