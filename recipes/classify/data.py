@@ -3,7 +3,6 @@
 N texts of a batch are cut into W windows, which lie in R rows of T tokens; C labels.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from bigbatch.recipes.core.data.examples import (
     record_batches,
     write_split,
 )
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.labels import SHOWN_LABELS, is_known, label_names
 from bigbatch.recipes.core.data.packing import cut_windows, lay_out, truncated
 from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
@@ -132,7 +132,7 @@ class ClassifiedSamples:
         section = self.data
         content: list[Any] = [self.examples.fingerprint, self.labels, section.sequence_length, section.on_long_text]
         content += [self.packing, self.token_dropout, self.seed if self.token_dropout else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(content)
 
 
 def collate(

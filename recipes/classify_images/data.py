@@ -4,8 +4,6 @@ The pixels of all images lie in one table of the folder, in the order they were 
 N images of a batch, C channels, S pixels a side.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from bigbatch.recipes.core.data.examples import (
     read_examples,
     write_split,
 )
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.labels import SHOWN_LABELS, is_known, label_names
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.sources import SourceFile
@@ -91,7 +90,7 @@ class ImageSamples:
         # What stands still is the same whatever the seed.
         own = [augment.model_dump(), seed] if augment != AugmentSection() else []
         content = [self.examples.fingerprint, self.images.fingerprint, self.labels, own]
-        self.fingerprint = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return pixels float32 [N, C, S, S] from -1 to 1 and labels int64 [N].

@@ -3,7 +3,6 @@
 W windows, each a dialogue or a part of one that fits a row, lie in R rows of T tokens.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from bigbatch.recipes.core.data.chat import (
     open_chat,
 )
 from bigbatch.recipes.core.data.examples import ORIGIN, Built, Examples, read_examples, record_batches, write_split
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import first_fit
 from bigbatch.recipes.core.data.rows import read_rows
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
@@ -106,7 +106,7 @@ class DialogueSamples:
         self.rows = _pack(lengths, data.sequence_length) if data.packing else [[n] for n in range(len(lengths))]
         self.num_samples = len(self.rows)
         content = f"{self.examples.fingerprint} {data.sequence_length} {data.packing}"
-        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows [R, T]: tokens, labels and positions int64, documents int32; the same in every epoch.

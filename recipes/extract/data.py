@@ -4,8 +4,6 @@ N windows of at most T words; P tokens and L letters of the longest word, F feat
 of K.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pyarrow
 
 from bigbatch.recipes.core.data.examples import ORIGIN, Built, Examples, read_examples, record_batches, write_split
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.labels import is_known, label_names
 from bigbatch.recipes.core.data.packing import lay_out
 from bigbatch.recipes.core.data.sampler import Order, random_words
@@ -170,7 +169,7 @@ class ExtractSamples:
         data, objective = self.config.data, self.config.objective
         content = [self.examples.fingerprint, data.sequence_length, data.packing, self.token_dropout]
         content += [self.config.seed if objective.token_dropout else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(content)
 
 
 def open_split(folder: Path, split: str, config: ExtractConfig) -> ExtractSamples | None:

@@ -3,14 +3,13 @@
 W windows lie in R rows of T tokens; P pairs, each with n negatives.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bigbatch.recipes.core.data.examples import Examples, read_examples
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import lay_out, truncated
 from bigbatch.recipes.core.data.sampler import Order, sample_order
 from bigbatch.recipes.core.data.splits import SPLITS
@@ -39,7 +38,7 @@ class _Texts:
     def hash_of(self, *further: Any) -> str:
         """Return a fingerprint of the content, the lengths and what else there is."""
         content = [self.pairs.fingerprint, self.texts.fingerprint, self.data.sequence_length, self.data.packing]
-        return hashlib.blake2b(json.dumps([*content, *further]).encode(), digest_size=16).hexdigest()
+        return fingerprint_of([*content, *further])
 
 
 class PairSamples(_Texts):

@@ -3,8 +3,6 @@
 W windows, [CLS] question [SEP] part of the context [SEP], lie in R rows of T tokens.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from bigbatch.recipes.core.data.examples import (
     record_batches,
     write_split,
 )
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import lay_out
 from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
 from bigbatch.recipes.core.data.sampler import Order, random_words
@@ -162,7 +161,7 @@ class QuestionSamples:
         content = [self.questions.fingerprint, self.contexts.fingerprint, section.sequence_length]
         content += [section.question_tokens, section.stride_tokens, section.null_windows_kept, section.packing]
         content += [self.token_dropout, self.seed if self.token_dropout else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(content)
 
 
 def open_split(

@@ -4,8 +4,6 @@ The samples of all recordings lie in one table of the folder, in the order they 
 B utterances of S samples at the most, L units of text.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -24,6 +22,7 @@ from bigbatch.recipes.core.data.examples import (
     record_batches,
     write_split,
 )
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.rows import shown
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.sources import SourceFile
@@ -191,7 +190,7 @@ class SpeechSamples:
         content = [self.examples.fingerprint, self.recordings.fingerprint, self.alphabet, self.kept.tolist()]
         content += [data.concatenate and data.concatenate.model_dump(), self.augment.model_dump()]
         content += [self.seed if augmented or data.concatenate else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(content)
 
 
 def _stretches(count: int, longest: int, size: int, generator: np.random.Generator) -> np.ndarray:

@@ -4,7 +4,6 @@ A sample of the training split is a row of several pairs, one of another split, 
 S tokens of the sources lie in each of B rows, and T tokens of the targets.
 """
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -17,6 +16,7 @@ import pyarrow
 from tokenizers.processors import TemplateProcessing
 
 from bigbatch.recipes.core.data.examples import ORIGIN, Built, Examples, read_examples, record_batches, write_split
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import first_fit_pairs
 from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
 from bigbatch.recipes.core.data.sampler import sample_order
@@ -105,7 +105,7 @@ class PairSamples:
         self.begins = np.searchsorted(rows, np.arange(rows[-1] + 2))  # of each sample's pairs
         self.num_samples = len(self.begins) - 1
         content = [self.examples.fingerprint, self.row_tokens, begin_of_target, seed if is_packed else 0]
-        self.fingerprint = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the samples as `collate` does; with scores also scores [B] float64."""
