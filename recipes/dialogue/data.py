@@ -67,10 +67,7 @@ class DialogueRow(NamedTuple):
         """What is said."""
         return "\n".join(message["content"] for message in self.messages)
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
 
 class Window(NamedTuple):

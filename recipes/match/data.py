@@ -4,7 +4,6 @@ Of each split a table of its texts, left ones first, and one of pairs, as number
 third: what BM25 finds for each left text.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +22,7 @@ from bigbatch.recipes.core.data.examples import (
     record_batches,
     write_split,
 )
-from bigbatch.recipes.core.data.rows import Row, as_text, read_rows, shown
+from bigbatch.recipes.core.data.rows import Row, as_number, read_rows, shown, text_of
 from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
     SPLITS,
@@ -88,10 +87,7 @@ class PairRow(NamedTuple):
     """What rows of one split share."""
     origin: str
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
 
 class Collection(NamedTuple):
@@ -190,7 +186,7 @@ def _read_texts(
         if name in found:
             leave_out(data, counts, f"repeated_{kind}_id", row.origin, f"has the id {name!r}, as an earlier one has")
             continue
-        found[name] = "\n".join(_text(row, column) for column in columns).strip()
+        found[name] = "\n".join(text_of(row, column) for column in columns).strip()
     return found
 
 
@@ -226,7 +222,7 @@ class _BadRowError(Exception):
 
 
 def _pair(data: MatchDataSection, row: Row) -> PairRow:
-    left, right = _text(row, data.left_column), _text(row, data.right_column)
+    left, right = text_of(row, data.left_column), text_of(row, data.right_column)
     score, group = 1.0, left
     if data.score_column:
         score, group = _scaled(row.values[data.score_column], data), f"{left}\n{right}"
@@ -244,18 +240,10 @@ def _pair(data: MatchDataSection, row: Row) -> PairRow:
 def _scaled(value: Any, data: MatchDataSection) -> float:
     """Return a score as a part of its range."""
     low, high = data.score_range
-    score = _number(value)
+    score = as_number(value)
     if score is None or not low <= score <= high:
         raise _BadRowError("wrong_score", f"has the score {shown(value)}; right is a number from {low:g} to {high:g}")
     return (score - low) / (high - low)
-
-
-def _number(value: Any) -> float | None:
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if math.isfinite(found) else None
 
 
 def _judged(data: MatchDataSection, section: CollectionSection, row: Row, collection: Collection) -> PairRow:
@@ -266,12 +254,12 @@ def _judged(data: MatchDataSection, section: CollectionSection, row: Row, collec
         excluded = tuple(_named(name, collection.documents, "document", "documents") for name in query)
         left = "\n".join(reversed(excluded))  # the newest first: a long history loses its end
     else:
-        left = _text(row, section.query_column)
+        left = text_of(row, section.query_column)
     right = _named(row.values[section.document_column], collection.documents, "document", "documents")
     grade = 1.0
     if section.grade_column:
         value = row.values[section.grade_column]
-        found = section.grades.get(str(value)) if section.grades else _number(value)
+        found = section.grades.get(str(value)) if section.grades else as_number(value)
         if found is None:
             known = f"one of {', '.join(section.grades)}" if section.grades else "a number"
             raise _BadRowError("wrong_grade", f"has the grade {shown(value)}; right is {known}")
@@ -284,12 +272,6 @@ def _named(name: Any, texts: dict[str, str], kind: str, sources: str) -> str:
     if str(name) not in texts:
         raise _BadRowError(f"unknown_{kind}", f"names the {kind} {shown(name)}, which data.collection.{sources} lacks")
     return texts[str(name)]
-
-
-def _text(row: Row, column: str) -> str:
-    """Return a column's text, where half of a surrogate pair, which UTF-8 has not, is another character."""
-    found = as_text(row.values[column], row.origin, column)
-    return found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _training_texts(rows: list[PairRow], collection: Collection) -> Iterator[str]:

@@ -21,7 +21,7 @@ from bigbatch.recipes.core.data.examples import (
 )
 from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import lay_out
-from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
+from bigbatch.recipes.core.data.rows import read_rows, shown, text_of
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
@@ -79,10 +79,7 @@ class QuestionRow(NamedTuple):
     group: str
     origin: str
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
 
 class EncodedRow(NamedTuple):
@@ -287,8 +284,7 @@ def _read(data: QuestionDataSection, files: list[SourceFile], counts: Counter[st
     """Yield the questions of some files without those that the settings leave out, and count."""
     for row in (row for file in files for row in read_rows(file, data.columns)):
         counts["read"] += 1
-        names = (data.question_column, data.context_column)
-        question, context = (_text(row.values[name], row.origin, name) for name in names)
+        question, context = (text_of(row, name) for name in (data.question_column, data.context_column))
         group = row.values[data.group_column] if data.group_column else ""
         try:
             spans = spans_of(row.values[data.answers_column], context)
@@ -296,11 +292,6 @@ def _read(data: QuestionDataSection, files: list[SourceFile], counts: Counter[st
             leave_out(data, counts, "bad_answer", row.origin, str(error))
             continue
         yield QuestionRow(context, question, spans, str(group), row.origin)
-
-
-def _text(value: Any, origin: str, column: str) -> str:
-    """Return a column's text, where half of a surrogate pair, which UTF-8 has not, is another character."""
-    return as_text(value, origin, column).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _training_texts(rows: list[QuestionRow]) -> Iterator[str]:

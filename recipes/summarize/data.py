@@ -64,10 +64,7 @@ class DocumentRow(NamedTuple):
     """The same, of each summary."""
     origin: str
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
     @property
     def sentences(self) -> list[str]:

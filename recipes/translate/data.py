@@ -5,7 +5,6 @@ S tokens of the sources lie in each of B rows, and T tokens of the targets.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from bigbatch.recipes.core.data.examples import ORIGIN, Built, Examples, read_examples, record_batches, write_split
 from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import first_fit_pairs
-from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
+from bigbatch.recipes.core.data.rows import as_number, as_text, read_rows, shown
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
 from bigbatch.recipes.core.data.sources import SourceFile
@@ -68,10 +67,7 @@ class PairRow(NamedTuple):
     """0 where pairs have none."""
     origin: str
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
 
 def prepare(data: PairDataSection, tokenizer_folder: Path | None = None) -> Path:
@@ -220,19 +216,10 @@ def _read(data: PairDataSection, files: list[SourceFile], counts: Counter[str]) 
         score = row.values[data.score_column] if data.score_column else 0.0
         if not source or not target:
             leave_out(data, counts, "empty", row.origin, f"has an empty {names[int(bool(source))]!r}")
-        elif (number := _number(score)) is None:
+        elif (number := as_number(score)) is None:
             leave_out(data, counts, "bad_score", row.origin, f"has the score {shown(score)}; right is a number")
         else:
             yield PairRow(source, target, number, row.origin)
-
-
-def _number(value: Any) -> float | None:
-    """Return the number that a score is, or spells."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _encode(
