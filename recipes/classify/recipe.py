@@ -29,6 +29,7 @@ from bigbatch.recipes.core.models.hugging_face import (
     read_json,
     untrained_document,
 )
+from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import Start, find_start
 
@@ -128,12 +129,8 @@ def learning_rate_scales(config: ClassifyConfig, model: nn.Module) -> dict[str, 
 
 
 def flops_per_sample(config: ClassifyConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
-    with torch.device("meta"):
-        model = build_classifier(config, facts, initialize=False)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    return 6.0 * weights * facts["tokens_per_sample"]
+    """Count the operations of the weights that tokens meet."""
+    return operations_of_tokens(lambda: build_classifier(config, facts, initialize=False), facts["tokens_per_sample"])
 
 
 def samples_of_text(config: ClassifyConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:

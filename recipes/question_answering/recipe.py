@@ -17,6 +17,7 @@ from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
 from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, untrained_document
+from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import Start, find_start, native_start, starting_shape, starting_vocabulary
 from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
@@ -148,12 +149,10 @@ def learning_rate_scales(config: QuestionAnsweringConfig, model: nn.Module) -> d
 
 
 def flops_per_sample(config: QuestionAnsweringConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
-    with torch.device("meta"):
-        model = build(config.model, config.answers, facts, initialize=False)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    return 6.0 * weights * facts["tokens_per_sample"]
+    """Count the operations of the weights that tokens meet."""
+    return operations_of_tokens(
+        lambda: build(config.model, config.answers, facts, initialize=False), facts["tokens_per_sample"]
+    )
 
 
 def samples_of_text(config: QuestionAnsweringConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:

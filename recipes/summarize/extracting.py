@@ -18,6 +18,7 @@ from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
 from bigbatch.recipes.core.models.hugging_face import Piece
+from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import WHERE, Start, find_start, starting_shape, starting_vocabulary
 from bigbatch.recipes.summarize import data
@@ -101,12 +102,10 @@ def figures(
 
 
 def flops_per_sample(config: SummarizeConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
-    with torch.device("meta"):
-        model = build_model(config, facts, initialize=False)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(parameter.numel() for parameter in model.encoder.parameters() if id(parameter) not in tables)
-    return 6.0 * weights * facts["tokens_of_sides"][0]
+    """Count the operations of the weights that tokens meet."""
+    return operations_of_tokens(
+        lambda: build_model(config, facts, initialize=False).encoder, facts["tokens_of_sides"][0]
+    )
 
 
 def predictor(
