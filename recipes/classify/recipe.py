@@ -35,6 +35,7 @@ from bigbatch.recipes.core.start import Start, find_start
 
 ARCHITECTURE = "ForSequenceClassification"
 """How the names of transformers' classes of this kind end."""
+learning_rate_scales = starting.learning_rate_scales
 
 
 def prepare(config: ClassifyConfig) -> Path:
@@ -119,13 +120,6 @@ def figure_names(config: ClassifyConfig, facts: dict[str, Any]) -> list[str]:
     right = np.eye(num_labels) if config.data.multi_label else np.arange(num_labels)
     found = figures(config, facts, {"probabilities": np.eye(num_labels), "labels": right}, thorough=False)
     return list(found)
-
-
-def learning_rate_scales(config: ClassifyConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers learn more slowly (`model.layer_decay`)."""
-    if config.model.backbone != "encoder" or config.model.layer_decay == 1:
-        return {}
-    return starting.learning_rate_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
 
 
 def flops_per_sample(config: ClassifyConfig, facts: dict[str, Any]) -> float:

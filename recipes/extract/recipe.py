@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
@@ -20,19 +21,9 @@ from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_c
 from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, label_tables, untrained_document
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import (
-    CONFIG_FILE,
-    WHERE,
-    Start,
-    find_start,
-    read_labels,
-    starting_shape,
-    starting_vocabulary,
-)
-from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.extract import data
 from bigbatch.recipes.extract.answering import entities_in, relations_in
-from bigbatch.recipes.extract.config import EncoderBackboneSection, ExtractConfig
+from bigbatch.recipes.extract.config import ExtractConfig
 from bigbatch.recipes.extract.model import THEIR_HEAD
 from bigbatch.recipes.extract.model import build_model as build
 from bigbatch.recipes.extract.scores import (
@@ -52,25 +43,26 @@ MODEL_FACTS = ("labels",)
 NOT_INPUTS = ("rows", "begins", "splits")  # of a batch, what the model does not take
 WHOLE_SPLIT = True
 MAIN_FIGURES = ("f1", "relation_f1")
+learning_rate_scales = starting.learning_rate_scales
 
 
 def prepare(config: ExtractConfig) -> Path:
     """Read, split and tokenize the sentences."""
-    start = _start(config)
+    start = starting.find_native_start(config.model)
     return data.prepare(config.data, start.tokenizer if start else None)
 
 
 def open_data(config: ExtractConfig) -> DataSplits:
     """Map the prepared sentences into memory."""
-    start = _start(config)
+    start = starting.find_native_start(config.model)
     folder = prepared_splits(config.data, start.tokenizer if start else None)
     train = data.ExtractSamples(folder, TRAIN, config)
     facts = {
-        "vocabulary_size": starting_vocabulary(folder, start),
+        "vocabulary_size": starting.starting_vocabulary(folder, start),
         "tokenizer": str(folder),
         "end_of_text": train.tokenizer.end_of_text,
         "labels": train.facts["labels"],
-        "encoder": starting_shape(config.model, start) if config.model.backbone == "encoder" else None,
+        "encoder": starting.starting_shape(config.model, start) if config.model.backbone == "encoder" else None,
         "tokens_per_sample": round(train.mean_tokens),
         "train_samples": train.num_samples,
     }
@@ -135,13 +127,6 @@ def figure_names(config: ExtractConfig, facts: dict[str, Any]) -> list[str]:
     return list(entity_figures([labels], [labels]))
 
 
-def learning_rate_scales(config: ExtractConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers learn more slowly (`model.layer_decay`)."""
-    if config.model.backbone != "encoder" or config.model.layer_decay == 1:
-        return {}
-    return encoder_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
-
-
 def flops_per_sample(config: ExtractConfig, facts: dict[str, Any]) -> float:
     """Count the operations of the weights that tokens meet."""
     return operations_of_tokens(lambda: build(config, facts, initialize=False), facts["tokens_per_sample"])
@@ -180,8 +165,8 @@ def hugging_face(config: ExtractConfig, facts: dict[str, Any]) -> HuggingFaceExp
 
 def describe_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any]]:
     """Describe a Hugging Face folder of a BERT that tags words, or one that this recipe has written."""
-    start = _native(find_start(str(folder)))
-    labels = read_labels(folder)
+    start = starting.native_start(starting.find_start(str(folder)))
+    labels = starting.read_labels(folder)
     length = min(256, (start.encoder or {})["max_positions"])
     data = {"task": "entities", "train": [str(folder)], "sequence_length": length}
     document = untrained_document(
@@ -195,7 +180,7 @@ def describe_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any]]:
         try:
             entities_of_tags(labels)
         except BadSentenceError as error:
-            raise UserError(str(folder / CONFIG_FILE), f"id2label {error}") from None
+            raise UserError(str(folder / starting.CONFIG_FILE), f"id2label {error}") from None
     return config, facts
 
 
@@ -224,16 +209,3 @@ def _whole_sentences(
     gold = [[labels[tag] for tag in tags] for tags in examples.lists("tags", rows)]
     given = [[labels[tag] for tag in parts[parts >= 0]] for parts in found]
     return [right[: len(answer)] for right, answer in zip(gold, given, strict=True)], given
-
-
-def _start(config: ExtractConfig) -> Start | None:
-    model = config.model
-    if not isinstance(model, EncoderBackboneSection) or not model.initialize_from:
-        return None
-    return _native(find_start(model.initialize_from))
-
-
-def _native(start: Start) -> Start:
-    if start.hugging_face:
-        raise UserError(WHERE, f"{start.path} is a {start.hugging_face.get('model_type')}; right is a BERT")
-    return start

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.identity import fingerprint
@@ -21,8 +22,6 @@ from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_c
 from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, read_json, untrained_document
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import Start, find_start, native_start, starting_shape, starting_vocabulary
-from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.match import data, samples
 from bigbatch.recipes.match.config import MatchConfig
 from bigbatch.recipes.match.model import THEIR_HEAD, loss_of_logits, loss_of_vectors
@@ -36,11 +35,12 @@ FIELDS = ("left", "right")
 TEXTS_AT_ONCE = 64
 WHOLE_SPLIT = True
 MAIN_FIGURES = ("spearman", "ndcg@10")
+learning_rate_scales = starting.learning_rate_scales
 
 
 def prepare(config: MatchConfig) -> Path:
     """Split and tokenize the pairs, rank what is ranked, and mine negatives."""
-    start = _start(config)
+    start = starting.find_native_start(config.model)
     miner = None
     if config.data.mining and config.data.mining.by != "bm25":
         path = Path(config.data.mining.by).expanduser()
@@ -51,17 +51,17 @@ def prepare(config: MatchConfig) -> Path:
 
 def open_data(config: MatchConfig) -> DataSplits:
     """Map the prepared pairs into memory."""
-    start = _start(config)
+    start = starting.find_native_start(config.model)
     folder = prepared_splits(config.data, start.tokenizer if start else None)
     tokenizer = load_tokenizer(folder)
     if config.model.kind == "cross" and tokenizer.begin_of_text is None:
         raise UserError("data.tokenizer", "has no token that begins a text; kind 'wordpiece' has, and BERT's own")
     train = samples.PairSamples(folder, "train", config, is_training=True)
     facts = {
-        "vocabulary_size": starting_vocabulary(folder, start),
+        "vocabulary_size": starting.starting_vocabulary(folder, start),
         "tokenizer": str(folder),
         "end_of_text": tokenizer.end_of_text,
-        "encoder": starting_shape(config.model, start),
+        "encoder": starting.starting_shape(config.model, start),
         "tokens_per_sample": round(train.mean_tokens),
         "train_samples": train.num_samples,
     }
@@ -173,13 +173,6 @@ def correlations(found: np.ndarray, right: np.ndarray) -> dict[str, float]:
     library: Any = scipy.stats
     computed = {"pearson": library.pearsonr(found, right), "spearman": library.spearmanr(found, right)}
     return {name: float(result.statistic) for name, result in computed.items()}
-
-
-def learning_rate_scales(config: MatchConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers learn more slowly (`model.layer_decay`)."""
-    if config.model.layer_decay == 1:
-        return {}
-    return encoder_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
 
 
 def flops_per_sample(config: MatchConfig, facts: dict[str, Any]) -> float:
@@ -305,7 +298,7 @@ def describe_folder(folder: Path) -> tuple[MatchConfig, dict[str, Any]]:
 
     Pooled as 1_Pooling of sentence-transformers says, by default by the mean.
     """
-    start = native_start(find_start(str(folder)))
+    start = starting.native_start(starting.find_start(str(folder)))
     run = conversion_record(folder)["run"]
     pooling = folder / "1_Pooling" / "config.json"
     is_first = pooling.exists() and read_json(pooling).get("pooling_mode_cls_token")
@@ -369,7 +362,3 @@ def _softmax_loss(logits: np.ndarray, rows: list[int], grades: dict[int, dict[in
     logits = logits.astype(np.float64) - logits.max(1, keepdims=True)
     chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return float(-np.mean([chances[place, right - begin] for place, row in enumerate(rows) for right in grades[row]]))
-
-
-def _start(config: MatchConfig) -> Start | None:
-    return native_start(find_start(config.model.initialize_from)) if config.model.initialize_from else None

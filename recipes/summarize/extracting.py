@@ -20,7 +20,7 @@ from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_c
 from bigbatch.recipes.core.models.hugging_face import Piece
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import WHERE, Start, find_start, starting_shape, starting_vocabulary
+from bigbatch.recipes.core.start import Start, find_native_start, starting_shape, starting_vocabulary
 from bigbatch.recipes.summarize import data
 from bigbatch.recipes.summarize.choosing import choose, lead, text_rank
 from bigbatch.recipes.summarize.config import SummarizeConfig
@@ -33,10 +33,7 @@ WINDOWS_AT_ONCE = 64
 
 def find(config: SummarizeConfig) -> Start | None:
     """Look at what the model starts from."""
-    start = find_start(config.model.initialize_from) if config.model.initialize_from else None
-    if start and start.hugging_face:
-        raise UserError(WHERE, f"{start.path} is a {start.hugging_face.get('model_type')}; right is a BERT")
-    return start
+    return find_native_start(config.model)
 
 
 def starting_facts(config: SummarizeConfig, folder: Path, start: Start | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
 from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits, tell_prepared
@@ -16,7 +17,6 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import Session
 from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.summarize import data, extracting, writing
 from bigbatch.recipes.summarize.config import SummarizeConfig
 from bigbatch.recipes.summarize.rouge import KINDS
@@ -24,6 +24,7 @@ from bigbatch.recipes.summarize.rouge import KINDS
 FIELDS = ("document",)
 """What an input of the predictor consists of."""
 WHOLE_SPLIT = True
+learning_rate_scales = starting.learning_rate_scales
 
 
 def prepare(config: SummarizeConfig) -> Path:
@@ -86,13 +87,6 @@ def figure_names(config: SummarizeConfig, facts: dict[str, Any]) -> list[str]:
 def generated_figures(config: SummarizeConfig, facts: dict[str, Any], model: nn.Module, samples: Any) -> dict[str, Any]:
     """Write the summaries of a split and compare them with its own."""
     return writing.figures(config, facts, model, samples) if config.model.backbone == "seq2seq" else {}
-
-
-def learning_rate_scales(config: SummarizeConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers of an encoder learn more slowly (`model.layer_decay`)."""
-    if config.model.backbone != "encoder" or config.model.layer_decay == 1:
-        return {}
-    return encoder_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
 
 
 def flops_per_sample(config: SummarizeConfig, facts: dict[str, Any]) -> float:
