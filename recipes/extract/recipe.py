@@ -16,6 +16,7 @@ from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
+from bigbatch.recipes.core.metrics import CONFIDENCE
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
 from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, label_tables, untrained_document
@@ -27,7 +28,6 @@ from bigbatch.recipes.extract.config import ExtractConfig
 from bigbatch.recipes.extract.model import THEIR_HEAD
 from bigbatch.recipes.extract.model import build_model as build
 from bigbatch.recipes.extract.scores import (
-    CONFIDENCE,
     entity_counts,
     entity_figures,
     interval,

@@ -15,6 +15,7 @@ from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.splits import SPLITS, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
+from bigbatch.recipes.core.metrics import CONFIDENCE
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
 from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, untrained_document
@@ -26,7 +27,6 @@ from bigbatch.recipes.question_answering.config import QuestionAnsweringConfig
 from bigbatch.recipes.question_answering.model import INPUTS, LAYOUT, THEIR_HEAD, best_spans, span_loss
 from bigbatch.recipes.question_answering.model import build_model as build
 from bigbatch.recipes.question_answering.scores import (
-    CONFIDENCE,
     Judged,
     exact_match,
     fit_threshold,
@@ -42,7 +42,6 @@ FIELDS = ("question", "context")
 THRESHOLD = "null_threshold"
 MODEL_FACTS = (THRESHOLD, "has_null")
 """What is of the model though no weight."""
-BOOTSTRAP_SAMPLES = 1000
 WHOLE_SPLIT = True
 MAIN_FIGURES = ("f1",)
 learning_rate_scales = starting.learning_rate_scales
@@ -129,7 +128,7 @@ def figures(
     found |= score(judged, threshold, groups, facts["groups"])
     found["num_questions"] = len(rows)
     if thorough:
-        around = intervals(judged, threshold, BOOTSTRAP_SAMPLES)
+        around = intervals(judged, threshold)
         found["details"] = {"intervals": around, "confidence": CONFIDENCE}
     return found
 
