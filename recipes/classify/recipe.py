@@ -20,8 +20,7 @@ from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_t
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import Session
 from bigbatch.recipes.core.metrics import classification_figures
-from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
+from bigbatch.recipes.core.models.encoder import encoder_export
 from bigbatch.recipes.core.models.hugging_face import (
     Piece,
     conversion_record,
@@ -169,13 +168,8 @@ def hugging_face(config: ClassifyConfig, facts: dict[str, Any]) -> HuggingFaceEx
     if config.model.backbone != "encoder" or config.model.pooling != "first":
         kind = config.model.backbone if config.model.backbone != "encoder" else "encoder with pooling 'mean'"
         raise UserError("model", f"is a {kind}, for which transformers has no class; bigbatch predict takes the run")
-    section = EncoderSection.model_validate(facts["encoder"])
-    settings = {**hugging_face_config(section, facts["vocabulary_size"]), **table}
-    settings |= {"architectures": ["BertForSequenceClassification"], "classifier_dropout": config.model.head_dropout}
-    tensors = encoder_tensors(section, facts["vocabulary_size"], "backbone.encoder.")
-    tensors |= pooler_tensors(section, "backbone.pooler.")
-    tensors |= {f"head.{kind}": [Piece(f"classifier.{kind}", 0, len(labels))] for kind in ("weight", "bias")}
-    return HuggingFaceExport(settings, tensors, auto_class=auto_class)
+    export = encoder_export(facts, ARCHITECTURE, "classifier", len(labels), labels, has_pooler=True, prefix="backbone.")
+    return export._replace(config={**export.config, **table, "classifier_dropout": config.model.head_dropout})
 
 
 def describe_folder(folder: Path) -> tuple[ClassifyConfig, dict[str, Any]]:

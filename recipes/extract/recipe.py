@@ -17,9 +17,8 @@ from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.metrics import CONFIDENCE
-from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
-from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, label_tables, untrained_document
+from bigbatch.recipes.core.models.encoder import encoder_export
+from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.extract import data
@@ -152,15 +151,9 @@ def hugging_face(config: ExtractConfig, facts: dict[str, Any]) -> HuggingFaceExp
         raise UserError("model.backbone", "is 'words', which transformers has no class for; right is 'encoder'")
     if config.model.crf:
         raise UserError("model.crf", "is true; transformers has no class with a CRF, and without it tags are others")
-    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
-    is_pair = config.data.task == "relations"
+    labels, is_pair = facts["labels"], config.data.task == "relations"
     kind = "ForSequenceClassification" if is_pair else ARCHITECTURE
-    labels = facts["labels"]
-    tensors = encoder_tensors(section, size, "encoder.") | (pooler_tensors(section, "pooler.") if is_pair else {})
-    tensors |= {f"head.{part}": [Piece(f"{THEIR_HEAD}.{part}", 0, len(labels))] for part in ("weight", "bias")}
-    names, numbers = label_tables(labels)
-    settings = hugging_face_config(section, size, f"Bert{kind}") | {"id2label": names, "label2id": numbers}
-    return HuggingFaceExport(settings, tensors, auto_class=f"AutoModel{kind}")
+    return encoder_export(facts, kind, THEIR_HEAD, len(labels), labels, has_pooler=is_pair)
 
 
 def describe_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any]]:

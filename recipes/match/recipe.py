@@ -18,8 +18,8 @@ from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer, load_tok
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
-from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, read_json, untrained_document
+from bigbatch.recipes.core.models.encoder import encoder_export, encoder_tensors, hugging_face_config
+from bigbatch.recipes.core.models.hugging_face import conversion_record, read_json, untrained_document
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.match import data, samples
@@ -260,18 +260,13 @@ def hugging_face(config: MatchConfig, facts: dict[str, Any]) -> HuggingFaceExpor
     """
     if config.model.backbone == "words":
         raise UserError("model.backbone", "is 'words', for which transformers has no class; bigbatch takes the run")
-    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
-    tensors = encoder_tensors(section, size, "encoder.")
     if config.model.kind == "cross":
-        tensors |= pooler_tensors(section, "pooler.")
-        tensors |= {f"head.{kind}": [Piece(f"{THEIR_HEAD}.{kind}", 0, 1)] for kind in ("weight", "bias")}
-        settings = hugging_face_config(section, size, "BertForSequenceClassification")
-        settings |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-        return HuggingFaceExport(settings, tensors, auto_class="AutoModelForSequenceClassification")
+        return encoder_export(facts, "ForSequenceClassification", THEIR_HEAD, 1, ["score"], has_pooler=True)
+    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
     settings = hugging_face_config(section, size, "BertModel")
     plain = {
         name: [piece._replace(name=piece.name.removeprefix("bert.")) for piece in pieces]
-        for name, pieces in tensors.items()
+        for name, pieces in encoder_tensors(section, size, "encoder.").items()
     }
     return HuggingFaceExport(settings, plain, auto_class="AutoModel", files=_sentence_transformers(config, section))
 

@@ -16,9 +16,8 @@ from bigbatch.recipes.core.data.splits import SPLITS, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.metrics import CONFIDENCE
-from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
-from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, untrained_document
+from bigbatch.recipes.core.models.encoder import encoder_export
+from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.question_answering import data
@@ -165,11 +164,7 @@ def predictor(
 
 def hugging_face(config: QuestionAnsweringConfig, facts: dict[str, Any]) -> HuggingFaceExport:
     """Name the model's tensors and settings as transformers' BertForQuestionAnswering does."""
-    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
-    tensors = encoder_tensors(section, size, "encoder.")
-    tensors |= {f"head.{kind}": [Piece(f"{THEIR_HEAD}.{kind}", 0, 2)] for kind in ("weight", "bias")}
-    settings = hugging_face_config(section, size, "BertForQuestionAnswering")
-    return HuggingFaceExport(settings, tensors, auto_class="AutoModelForQuestionAnswering")
+    return encoder_export(facts, ARCHITECTURE, THEIR_HEAD, num_outputs=2)
 
 
 def describe_folder(folder: Path) -> tuple[QuestionAnsweringConfig, dict[str, Any]]:

@@ -15,9 +15,7 @@ from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
-from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
-from bigbatch.recipes.core.models.hugging_face import Piece
+from bigbatch.recipes.core.models.encoder import encoder_export
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import Start, find_native_start, starting_shape, starting_vocabulary
@@ -130,12 +128,7 @@ def export(config: SummarizeConfig, facts: dict[str, Any]) -> HuggingFaceExport:
     if layers := getattr(config.model, "sentence_layers", 0):
         found = f"is {layers}, for which transformers has no class; bigbatch predict takes the run"
         raise UserError("model.sentence_layers", found)
-    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
-    tensors = encoder_tensors(section, size, "encoder.")
-    tensors |= {f"head.{kind}": [Piece(f"{THEIR_HEAD}.{kind}", 0, 1)] for kind in ("weight", "bias")}
-    settings = hugging_face_config(section, size, "BertForTokenClassification")
-    settings |= {"id2label": {"0": "summary"}, "label2id": {"summary": 0}}
-    return HuggingFaceExport(settings, tensors, auto_class="AutoModelForTokenClassification")
+    return encoder_export(facts, "ForTokenClassification", THEIR_HEAD, 1, ["summary"])
 
 
 def _choose(sentences: list[str], scores: np.ndarray, config: SummarizeConfig, words: Words) -> list[int]:
