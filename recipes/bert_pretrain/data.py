@@ -1,12 +1,12 @@
 """Samples with masked tokens, a pure function of (seed, sample id, epoch). B samples, T tokens each."""
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from bigbatch.recipes.bert_pretrain.config import MaskingSection
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL, TokenSamples
 from bigbatch.recipes.core.data.tokenizing import MASK, load_tokenizer
@@ -39,7 +39,7 @@ class MaskedSamples:
         self.samples, self.vocabulary, self.section, self.seed = samples, vocabulary, section, seed
         self.num_samples, self.mean_tokens = samples.num_samples, samples.sequence_length
         content = f"{samples.fingerprint} {section.model_dump_json()} {seed}"
-        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return tokens [B, T], targets and labels [B, K] (`Masked`); positions and documents where kept apart."""

@@ -4,7 +4,6 @@ A document is cut into chunks of no more than T - 3 tokens, and each chunk is a 
 it can, between sentences, and so do the two segments that it is cut into.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from bigbatch.recipes.bert_pretrain.config import MaskingSection
 from bigbatch.recipes.bert_pretrain.data import Vocabulary, mask_tokens
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.manifest import STARTS_SUFFIX, read_manifest
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.shards import TokenSamples
@@ -71,7 +71,7 @@ class PairSamples:
         self.num_samples = int(self.first_samples[-1])
         self.mean_tokens = float(lengths.sum()) / self.num_samples + SPECIAL_TOKENS
         content = f"{samples.fingerprint} {task} {section.model_dump_json()} {seed}"
-        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return tokens [B, T], targets and labels [B, K] (`Masked`), and what tells the segments apart.

@@ -1,6 +1,6 @@
 """The run document of text classification."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ Source = str | TableSource
 
 class LabeledDataSection(SplitDataSection):
     """Texts with one label each, or several."""
+
+    not_content: ClassVar[frozenset[str]] = frozenset({"sequence_length", "packing", "on_long_text"})
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Sources of rows: a file, folder or glob (.csv, .tsv, .jsonl, .parquet, also .gz), `hf:NAME[:CONFIG[:SPLIT]]`,

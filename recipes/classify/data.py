@@ -3,12 +3,9 @@
 N texts of a batch are cut into W windows, which lie in R rows of T tokens; C labels.
 """
 
-import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +13,6 @@ import numpy as np
 import pyarrow
 
 from bigbatch.recipes.classify.config import LabeledDataSection
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.clean import clean
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
@@ -26,10 +22,11 @@ from bigbatch.recipes.core.data.examples import (
     record_batches,
     write_split,
 )
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.labels import SHOWN_LABELS, is_known, label_names
 from bigbatch.recipes.core.data.packing import cut_windows, lay_out, truncated
 from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
-from bigbatch.recipes.core.data.sampler import Order, random_words
+from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
     TEST,
@@ -40,17 +37,13 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
-    split_tokenizer,
-    tell_left_out,
+    tell_prepared,
 )
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, load_tokenizer, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
 
-# How texts become rows of tokens is decided when a split is opened, so these change nothing in the prepared folder.
-NOT_CONTENT = {"sequence_length", "packing", "on_long_text"}
 ROWS_AT_ONCE = 1024
-DROPOUT = 0  # stream of random numbers
 
 
 class LabeledRow(NamedTuple):
@@ -66,15 +59,9 @@ def prepare(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> P
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
-    _tell(folder, data)
+    folder = prepare_splits(data, _build, tokenizer_folder)
+    tell_prepared(folder, data, _held(folder, data), "texts that stand")
     return folder
-
-
-def prepared(data: LabeledDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 def open_split(
@@ -123,24 +110,14 @@ class ClassifiedSamples:
         if self.data.on_long_text == "truncate":
             texts = [truncated(text, self.data.sequence_length) for text in texts]
         if self.token_dropout:
-            texts = self._drop(texts, Order(sample_ids, epochs))
+            order = Order(sample_ids, epochs)
+            texts = drop_tokens(texts, self.token_dropout, self.seed, order, self.tokenizer, has_special=True)
         batch = collate(texts, self.data, self.packing, self.tokenizer)
         return batch | {"labels": self.targets[sample_ids]}
 
     def texts(self, sample_ids: np.ndarray) -> list[str]:
         """Return what stands in these samples, cleaned."""
         return self.examples.texts("text", sample_ids)
-
-    def _drop(self, texts: list[np.ndarray], order: Order) -> list[np.ndarray]:
-        """Replace each token but the special ones by the unknown one with a chance of `token_dropout`."""
-        words = random_words(self.seed, order, DROPOUT, max(map(len, texts)))
-        is_dropped = words < np.uint64(self.token_dropout * 2.0**64)
-        is_dropped[:, : self.tokenizer.begin_of_text is not None] = False
-        dropped = []
-        for text, chosen in zip(texts, is_dropped, strict=True):
-            chosen[len(text) - 1] = False
-            dropped.append(np.where(chosen[: len(text)], np.uint32(self.tokenizer.unknown or 0), text))
-        return dropped
 
     def _read_targets(self) -> np.ndarray:
         if not self.multi_label:
@@ -155,7 +132,7 @@ class ClassifiedSamples:
         section = self.data
         content: list[Any] = [self.examples.fingerprint, self.labels, section.sequence_length, section.on_long_text]
         content += [self.packing, self.token_dropout, self.seed if self.token_dropout else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(content)
 
 
 def collate(
@@ -177,9 +154,7 @@ def collate(
     return lay_out(windows, length if packing else None) | {"examples": examples}
 
 
-def _build(
-    folder: Path, files: dict[str, list[SourceFile]], data: LabeledDataSection, section: TokenizerSection
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: LabeledDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
     rows = cut_splits(data, rows, data.multi_label)
@@ -188,7 +163,7 @@ def _build(
         rows[split] = [row for row in rows[split] if is_known(row, labels, data.on_error, counts)]
     leaks = count_leaks(data, rows)
     check_splits(data, rows, counts)
-    tokenizer = make_tokenizer(section, (row.text for row in rows[TRAIN]), folder, knows_all=False)
+    tokenizer = make_tokenizer(data.tokenizer, (row.text for row in rows[TRAIN]), folder, knows_all=False)
     numbers = {label: number for number, label in enumerate(labels)}
     schema = _schema(data.multi_label)
     written = {
@@ -282,10 +257,10 @@ def _refuse_long(examples: Examples, lengths: np.ndarray, data: LabeledDataSecti
         raise UserError(origin, f"{found}; data.on_long_text 'truncate' or 'window' takes longer texts")
 
 
-def _tell(folder: Path, data: LabeledDataSection) -> None:
-    """Say what a prepared folder holds and what it does not; raise UserError for a text that is to be refused."""
+def _held(folder: Path, data: LabeledDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each; raise UserError for a text that is to be refused."""
     manifest = read_examples(folder)
-    facts, lines = manifest.facts, []
+    facts = manifest.facts
     for split, about in manifest.splits.items():
         examples = Examples(folder, split)
         lengths = examples.lengths("tokens")
@@ -297,6 +272,4 @@ def _tell(folder: Path, data: LabeledDataSection) -> None:
         if share := float((lengths > data.sequence_length).mean()):
             treated = "read in windows" if data.on_long_text == "window" else "cut there"
             line += f"; {share:.1%} are longer than {data.sequence_length} tokens, {treated}"
-        lines.append(line)
-    lines += tell_left_out(facts, data, "texts that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield line

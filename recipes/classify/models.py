@@ -17,7 +17,7 @@ from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.layers import Linear
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Encoder, Pooler
-from bigbatch.recipes.core.start import check_labels, read_head, read_labels, start_encoder
+from bigbatch.recipes.core.start import start_encoder, start_head
 
 HEAD_RANGE = 0.02
 
@@ -135,8 +135,7 @@ def build_classifier(config: ClassifyConfig, facts: dict[str, Any], initialize: 
     backbone = EncoderBackbone(shape, size, section.pooling)
     model = Classifier(backbone, len(labels), section.head_dropout, objective)
     start_encoder(backbone.encoder, backbone.pooler, section, size, initialize)
-    if source and section.keep_head:
-        _load_head(model, source, labels)
+    start_head(model.head, section, "classifier", initialize, labels)
     return model
 
 
@@ -162,14 +161,6 @@ def foreign_classifier(config: ClassifyConfig, facts: dict[str, Any], session: S
     model = Classifier(ForeignBackbone(encoder, len(facts["labels"])), len(facts["labels"]), 0.0, objective)
     model.head = nn.Identity()  # type: ignore[assignment]
     return model
-
-
-def _load_head(model: Classifier, path: Path, labels: list[str]) -> None:
-    tensors = read_head(path, "classifier")
-    check_labels(read_labels(path) if len(tensors) == 2 else [], labels, path)
-    with torch.no_grad():
-        for name, parameter in model.head.named_parameters():
-            parameter.copy_(tensors[name])
 
 
 def _whole_rows(

@@ -15,12 +15,12 @@ from bigbatch.recipes.classify.heads import problem_type
 from bigbatch.recipes.classify.models import build_classifier, foreign_classifier
 from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.clean import clean
+from bigbatch.recipes.core.data.splits import prepared_splits
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import Session
 from bigbatch.recipes.core.metrics import classification_figures
-from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
+from bigbatch.recipes.core.models.encoder import encoder_export
 from bigbatch.recipes.core.models.hugging_face import (
     Piece,
     conversion_record,
@@ -28,11 +28,13 @@ from bigbatch.recipes.core.models.hugging_face import (
     read_json,
     untrained_document,
 )
+from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import Start, find_start
 
 ARCHITECTURE = "ForSequenceClassification"
 """How the names of transformers' classes of this kind end."""
+learning_rate_scales = starting.learning_rate_scales
 
 
 def prepare(config: ClassifyConfig) -> Path:
@@ -44,7 +46,7 @@ def prepare(config: ClassifyConfig) -> Path:
 def open_data(config: ClassifyConfig) -> DataSplits:
     """Map the prepared rows into memory."""
     start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     is_packed = config.data.packing and _can_pack(config, start)
 
     def samples(split: str) -> data.ClassifiedSamples | None:
@@ -119,20 +121,9 @@ def figure_names(config: ClassifyConfig, facts: dict[str, Any]) -> list[str]:
     return list(found)
 
 
-def learning_rate_scales(config: ClassifyConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers learn more slowly (`model.layer_decay`)."""
-    if config.model.backbone != "encoder" or config.model.layer_decay == 1:
-        return {}
-    return starting.learning_rate_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
-
-
 def flops_per_sample(config: ClassifyConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
-    with torch.device("meta"):
-        model = build_classifier(config, facts, initialize=False)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    return 6.0 * weights * facts["tokens_per_sample"]
+    """Count the operations of the weights that tokens meet."""
+    return operations_of_tokens(lambda: build_classifier(config, facts, initialize=False), facts["tokens_per_sample"])
 
 
 def samples_of_text(config: ClassifyConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -177,13 +168,8 @@ def hugging_face(config: ClassifyConfig, facts: dict[str, Any]) -> HuggingFaceEx
     if config.model.backbone != "encoder" or config.model.pooling != "first":
         kind = config.model.backbone if config.model.backbone != "encoder" else "encoder with pooling 'mean'"
         raise UserError("model", f"is a {kind}, for which transformers has no class; bigbatch predict takes the run")
-    section = EncoderSection.model_validate(facts["encoder"])
-    settings = {**hugging_face_config(section, facts["vocabulary_size"]), **table}
-    settings |= {"architectures": ["BertForSequenceClassification"], "classifier_dropout": config.model.head_dropout}
-    tensors = encoder_tensors(section, facts["vocabulary_size"], "backbone.encoder.")
-    tensors |= pooler_tensors(section, "backbone.pooler.")
-    tensors |= {f"head.{kind}": [Piece(f"classifier.{kind}", 0, len(labels))] for kind in ("weight", "bias")}
-    return HuggingFaceExport(settings, tensors, auto_class=auto_class)
+    export = encoder_export(facts, ARCHITECTURE, "classifier", len(labels), labels, has_pooler=True, prefix="backbone.")
+    return export._replace(config={**export.config, **table, "classifier_dropout": config.model.head_dropout})
 
 
 def describe_folder(folder: Path) -> tuple[ClassifyConfig, dict[str, Any]]:

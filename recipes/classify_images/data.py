@@ -4,12 +4,8 @@ The pixels of all images lie in one table of the folder, in the order they were 
 N images of a batch, C channels, S pixels a side.
 """
 
-import hashlib
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +23,7 @@ from bigbatch.recipes.core.data.examples import (
     read_examples,
     write_split,
 )
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.labels import SHOWN_LABELS, is_known, label_names
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.sources import SourceFile
@@ -39,14 +36,12 @@ from bigbatch.recipes.core.data.splits import (
     count_leaks,
     cut_splits,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.errors import UserError
 
 IMAGES = "images"  # the table of all pixels
-NOT_CONTENT: set[str] = set()
 IMAGES_AT_ONCE = 256
 MIXUP, AUGMENT, PARTNER = range(3)  # streams of random numbers; the third is the augmentation of the image mixed in
 
@@ -67,14 +62,9 @@ class ImageRow(NamedTuple):
 
 def prepare(data: ImageDataSection) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it."""
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data))
-    _tell(folder, data)
+    folder = prepare_splits(data, _build)
+    tell_prepared(folder, data, _held(folder, data), "images that are")
     return folder
-
-
-def prepared(data: ImageDataSection) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT)
 
 
 def open_split(
@@ -100,7 +90,7 @@ class ImageSamples:
         # What stands still is the same whatever the seed.
         own = [augment.model_dump(), seed] if augment != AugmentSection() else []
         content = [self.examples.fingerprint, self.images.fingerprint, self.labels, own]
-        self.fingerprint = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return pixels float32 [N, C, S, S] from -1 to 1 and labels int64 [N].
@@ -190,13 +180,11 @@ def _chunk(images: list[np.ndarray]) -> pyarrow.RecordBatch:
     return pyarrow.record_batch([pyarrow.ListArray.from_arrays(ends, np.concatenate(images))], schema=_PIXELS)
 
 
-def _tell(folder: Path, data: ImageDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
-    facts, lines = read_examples(folder).facts, []
+def _held(folder: Path, data: ImageDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
+    facts = read_examples(folder).facts
     for split, tally in facts["class_counts"].items():
         counts = sorted(zip(tally, facts["labels"], strict=True), key=lambda pair: -pair[0])
         most = ", ".join(f"{label} {count:,}" for count, label in counts[:SHOWN_LABELS])
         more = f" and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
-        lines.append(f"{split}: {sum(tally):,} images: {most}{more}")
-    lines += tell_left_out(facts, data, "images that are")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{split}: {sum(tally):,} images: {most}{more}"

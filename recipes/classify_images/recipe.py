@@ -13,6 +13,7 @@ from torch import nn
 from bigbatch.recipes.classify_images import data
 from bigbatch.recipes.classify_images.config import ClassifyImagesConfig
 from bigbatch.recipes.classify_images.images import open_image
+from bigbatch.recipes.core.data.splits import prepared_splits
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignVision, Session
 from bigbatch.recipes.core.metrics import classification_figures
@@ -41,7 +42,7 @@ def prepare(config: ClassifyImagesConfig) -> Path:
 
 def open_data(config: ClassifyImagesConfig) -> DataSplits:
     """Map the prepared images into memory."""
-    folder = data.prepared(config.data)
+    folder = prepared_splits(config.data)
     train, validation, test = (
         data.open_split(folder, split, config.data, config.augment, config.seed) for split in data.SPLITS
     )

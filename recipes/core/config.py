@@ -99,6 +99,9 @@ class ParallelSource(TableSource):
 class SplitSection(Section):
     """How examples come into three splits, and what is done with those that are not as they should be."""
 
+    not_content: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change nothing in the prepared folder: they say what is done where a split is opened."""
+
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Cut from the training rows when there are no validation sources."""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -4,13 +4,14 @@ Shapes: N examples, C labels, S bootstrap samples, K different outcomes (what an
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bigbatch.recipes.core.errors import one_line
 
+CONFIDENCE, BOOTSTRAP_SAMPLES = 0.95, 1000
 RATES = ("precision", "recall", "f1")
 CALIBRATION_BINS = 15
 MAX_FLAT_LABELS = 20  # up to so many, each label's figures are scalars too, to stop a run by
@@ -47,9 +48,9 @@ def classification_figures(
     names: Sequence[str],
     multi_label: bool = False,
     threshold: float = 0.5,
-    bootstrap_samples: int = 1000,
+    bootstrap_samples: int = BOOTSTRAP_SAMPLES,
     seed: int = 0,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
 ) -> ClassificationFigures:
     """Judge a classifier by its probabilities.
 
@@ -94,6 +95,20 @@ def _scikit_learn() -> Any:
 def higher_is_better(metric: str) -> bool:
     """Tell the direction of a figure by its name."""
     return not metric.startswith(LOWER_IS_BETTER)
+
+
+def bootstrap_intervals(
+    count: int, figures: Callable[[np.ndarray], dict[str, float]], num_samples: int = BOOTSTRAP_SAMPLES
+) -> dict[str, tuple[float, float]]:
+    """Return percentile intervals of the figures of so many rows, whose numbers are drawn with replacement.
+
+    The same for the same rows.
+    """
+    generator = np.random.default_rng(0)
+    drawn = [figures(generator.integers(count, size=count)) for _ in range(num_samples)]
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    found = {name: np.quantile([one[name] for one in drawn], tails).tolist() for name in drawn[0]}
+    return {name: (low, high) for name, (low, high) in found.items()}
 
 
 def calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) -> float:

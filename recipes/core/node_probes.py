@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,12 +213,6 @@ def reduce_over_all(device: str) -> tuple[float, list[Defect]]:
         is_right = is_right and bool((message == ranks * (ranks + 1) / 2).all())
     rate = 2 * (ranks - 1) / ranks * _message_bytes(device) / min(seconds)
     return rate, [] if is_right else [Defect("bandwidth", "error", "the sum over all ranks is wrong")]
-
-
-def find_slow(rates: Sequence[float], fraction: float) -> list[int]:
-    """Return the places of the rates below this fraction of their median."""
-    middle = sorted(rates)[len(rates) // 2]
-    return [place for place, rate in enumerate(rates) if rate < fraction * middle]
 
 
 def _message_bytes(device: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from bigbatch.recipes.core.checkpoint import MANIFEST, Reader, open_checkpoint
 from bigbatch.recipes.core.data.tokenizing import load_tokenizer
@@ -56,6 +57,12 @@ def find_start(name: str) -> Start:
     if config.get("model_type") == "bert":
         return Start(path, path, size, _plain(section_from_hugging_face(config).model_dump(mode="json")), None)
     return Start(path, path, size, None, config)
+
+
+def find_native_start(section: Any) -> Start | None:
+    """Look at the native encoder that a model's section is `initialize_from`; None for first weights."""
+    name = getattr(section, "initialize_from", None)
+    return native_start(find_start(name)) if name else None
 
 
 def native_start(start: Start) -> Start:
@@ -123,8 +130,32 @@ def start_encoder(
         module.requires_grad_(False)
 
 
-def learning_rate_scales(layer_decay: float, names: list[str]) -> dict[str, float]:
-    """Return `layer_decay` to the power of how many layers stand above, for the parameters of an encoder by name."""
+def start_head(
+    head: nn.Linear, section: Any, theirs: str, initialize: bool, labels: list[str] | None = None, lack: str = ""
+) -> None:
+    """Fill a head with that of what a model starts from, where its section says `keep_head`.
+
+    `theirs` is its name in a Hugging Face folder. Raises UserError unless it is for the same labels, or without any has
+    the same size: `lack` tells what the model cannot do.
+    """
+    if not (section.keep_head and section.initialize_from and initialize):
+        return
+    path = Path(section.initialize_from).expanduser()
+    tensors = _read_head(path, theirs)
+    if labels is not None:
+        check_labels(read_labels(path) if len(tensors) == 2 else [], labels, path)
+    elif tensors.keys() != {"weight", "bias"} or tensors["bias"].shape != head.bias.shape:
+        raise UserError("model.keep_head", f"{section.initialize_from} {lack}; right is false")
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def learning_rate_scales(config: Any, model: nn.Module) -> dict[str, float]:
+    """Let lower layers of an encoder learn more slowly: `model.layer_decay` times the rate of the layer above."""
+    layer_decay, names = getattr(config.model, "layer_decay", 1.0), [name for name, _ in model.named_parameters()]
+    if layer_decay == 1:
+        return {}
     prefix = next(prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names))
     place = prefix.count(".") + 1
     blocks = {name: int(name.split(".")[place]) for name in names if name.startswith(f"{prefix}blocks.")}
@@ -133,7 +164,7 @@ def learning_rate_scales(layer_decay: float, names: list[str]) -> dict[str, floa
     return scales | {name: layer_decay ** (num_layers - number) for name, number in blocks.items()}
 
 
-def read_head(path: Path, theirs: str) -> dict[str, torch.Tensor]:
+def _read_head(path: Path, theirs: str) -> dict[str, torch.Tensor]:
     """Return weight and bias of the head in a folder, where it is called `theirs`, or in a checkpoint; {} for none."""
     if (path / CONFIG_FILE).is_file():
         weights, prefix = WeightFolder(path), theirs

@@ -17,6 +17,8 @@ class DialogueModelSection(DecoderSection):
 class DialogueDataSection(SplitDataSection):
     """Dialogues, each a row with its messages."""
 
+    not_content: ClassVar[frozenset[str]] = frozenset({"packing"})
+
     messages_column: str = "messages"
     """A list of objects with `role` (system, user or assistant) and `content`."""
     template: Literal["chatml", "text", "own"] = "chatml"

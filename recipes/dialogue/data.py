@@ -3,19 +3,15 @@
 W windows, each a dialogue or a part of one that fits a row, lie in R rows of T tokens.
 """
 
-import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.chat import (
     Chat,
     Messages,
@@ -25,6 +21,7 @@ from bigbatch.recipes.core.data.chat import (
     open_chat,
 )
 from bigbatch.recipes.core.data.examples import ORIGIN, Built, Examples, read_examples, record_batches, write_split
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import first_fit
 from bigbatch.recipes.core.data.rows import read_rows
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
@@ -37,16 +34,13 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import make_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.dialogue.config import DialogueDataSection
 
-NOT_CONTENT = {"packing"}
 PACKED_AT_ONCE = 2048  # windows: packing takes the square of their number
 
 _NUMBERS = pyarrow.list_(pyarrow.int32())
@@ -73,10 +67,7 @@ class DialogueRow(NamedTuple):
         """What is said."""
         return "\n".join(message["content"] for message in self.messages)
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
 
 class Window(NamedTuple):
@@ -97,15 +88,9 @@ def prepare(data: DialogueDataSection, tokenizer_folder: Path | None = None) -> 
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
-    _tell(folder, data)
+    folder = prepare_splits(data, _build, tokenizer_folder)
+    tell_prepared(folder, data, _held(folder, data), "dialogues that stand")
     return folder
-
-
-def prepared(data: DialogueDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 class DialogueSamples:
@@ -118,7 +103,7 @@ class DialogueSamples:
         self.rows = _pack(lengths, data.sequence_length) if data.packing else [[n] for n in range(len(lengths))]
         self.num_samples = len(self.rows)
         content = f"{self.examples.fingerprint} {data.sequence_length} {data.packing}"
-        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows [R, T]: tokens, labels and positions int64, documents int32; the same in every epoch.
@@ -229,15 +214,13 @@ def _pack(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
-def _build(
-    folder: Path, files: dict[str, list[SourceFile]], data: DialogueDataSection, section: TokenizerSection
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: DialogueDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows = cut_splits(data, {split: list(_read(data, found, counts)) for split, found in files.items()})
     leaks = count_leaks(data, rows)
     if not rows[TRAIN]:
         raise UserError("data.train", f"no dialogue is left to train on ({shown_counts(counts)})")
-    make_tokenizer(section, map(_training_text, rows[TRAIN]), folder, knows_all=False)
+    make_tokenizer(data.tokenizer, map(_training_text, rows[TRAIN]), folder, knows_all=False)
     install_template(folder, data.template)
     chat = open_chat(folder)
     windows = {split: list(_encode(data, found, chat, counts)) for split, found in rows.items()}
@@ -293,10 +276,10 @@ def _record(window: Window, origin: str) -> tuple[Any, ...]:
     return window.tokens, firsts, ends, window.places, json.dumps(window.messages), origin
 
 
-def _tell(folder: Path, data: DialogueDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
+def _held(folder: Path, data: DialogueDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
     manifest = read_examples(folder)
-    facts, lines = manifest.facts, []
+    facts = manifest.facts
     for split in (split for split in SPLITS if split in manifest.splits):
         samples = DialogueSamples(folder, split, data)
         examples, count = samples.examples, facts["dialogues"][split]
@@ -306,9 +289,7 @@ def _tell(folder: Path, data: DialogueDataSection) -> None:
         )
         if (parts := examples.num_rows) > count:
             line += f"; the longer ones are cut, {parts:,} parts in all"
-        lines.append(line)
+        yield line
     if facts["cut"]:
         length = data.sequence_length
-        lines.append(f"{facts['cut']:,} turns are longer than a row of {length} tokens and lose their beginning or end")
-    lines += tell_left_out(facts, data, "dialogues that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{facts['cut']:,} turns are longer than a row of {length} tokens and lose their beginning or end"

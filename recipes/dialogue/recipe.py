@@ -7,7 +7,7 @@ from typing import Any
 
 from bigbatch.recipes.core import language_model
 from bigbatch.recipes.core.data.chat import Chat, check_messages, fit_request, open_chat
-from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.splits import SPLITS, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import read_settings
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.generate import Completion, Sampling, generate
@@ -40,7 +40,7 @@ def prepare(config: DialogueConfig) -> Path:
 def open_data(config: DialogueConfig) -> DataSplits:
     """Map the prepared dialogues into memory."""
     start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     train = data.DialogueSamples(folder, "train", config.data)
     chat = open_chat(folder)
     facts = {

@@ -1,6 +1,6 @@
 """The run document of extraction: entities in sentences, or the relation between two marked ones."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,8 @@ class ExtractDataSection(SplitDataSection):
     Sources are CoNLL columns (format `conll`), SemEval-2010 task 8 (format `semeval`), tables (.jsonl, .parquet, ...)
     and `python:entities` or `python:relations`, signatures in Python's own library.
     """
+
+    not_content: ClassVar[frozenset[str]] = frozenset({"sequence_length", "packing"})
 
     task: Literal["entities", "relations"]
     """entities: where they are, and of which type. relations: how two that are marked are related."""

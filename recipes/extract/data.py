@@ -4,20 +4,16 @@ N windows of at most T words; P tokens and L letters of the longest word, F feat
 of K.
 """
 
-import hashlib
-import json
-import sys
 from collections import Counter
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.examples import ORIGIN, Built, Examples, read_examples, record_batches, write_split
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.labels import is_known, label_names
 from bigbatch.recipes.core.data.packing import lay_out
 from bigbatch.recipes.core.data.sampler import Order, random_words
@@ -30,10 +26,8 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_tokenizer, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
@@ -47,8 +41,6 @@ from bigbatch.recipes.extract.config import (
 from bigbatch.recipes.extract.features import hashed, letters_of, pair_features, word_features
 from bigbatch.recipes.extract.sentences import Sentence, Span, read_sentences
 
-# Decided when a split is opened, so these change nothing in the folder.
-NOT_CONTENT = {"sequence_length", "packing"}
 MARKERS = ("$", "#")  # around the first entity and the second, as tokens of an encoder (arXiv 1905.08284, section 3.1)
 DROPOUT = 0  # a stream of random numbers
 
@@ -81,15 +73,9 @@ class Window(NamedTuple):
 
 def prepare(data: ExtractDataSection, tokenizer_folder: Path | None = None) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it."""
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
-    _tell(folder, data)
+    folder = prepare_splits(data, _build, tokenizer_folder)
+    tell_prepared(folder, data, _held(folder, data), "sentences that stand")
     return folder
-
-
-def prepared(data: ExtractDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 class ExtractSamples:
@@ -183,7 +169,7 @@ class ExtractSamples:
         data, objective = self.config.data, self.config.objective
         content = [self.examples.fingerprint, data.sequence_length, data.packing, self.token_dropout]
         content += [self.config.seed if objective.token_dropout else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(content)
 
 
 def open_split(folder: Path, split: str, config: ExtractConfig) -> ExtractSamples | None:
@@ -333,9 +319,7 @@ def _nested(lists: list[list[list[int]]], filler: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
-def _build(
-    folder: Path, files: dict[str, list[SourceFile]], data: ExtractDataSection, section: TokenizerSection
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: ExtractDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(read_sentences(data, found, counts)) for split, found in files.items()}
     rows = cut_splits(data, rows)
@@ -343,7 +327,7 @@ def _build(
     labels = _labels(data, rows, counts)
     texts = (" ".join(_words(row)) for row in rows[TRAIN])
     markers = [" ".join(MARKERS)] if data.task == "relations" else []
-    tokenizer = make_tokenizer(section, [*texts, *markers], folder, knows_all=False)
+    tokenizer = make_tokenizer(data.tokenizer, [*texts, *markers], folder, knows_all=False)
     check_splits(data, rows, counts)
     written = {}
     for split in (split for split in SPLITS if rows[split]):
@@ -394,14 +378,11 @@ def _record(row: Sentence, pieces: dict[str, np.ndarray], labels: list[str]) -> 
     return row.text, starts, ends, np.concatenate(own), list(map(len, own)), firsts, stops, tags, relation, row.origin
 
 
-def _tell(folder: Path, data: ExtractDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
+def _held(folder: Path, data: ExtractDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
     manifest = read_examples(folder)
-    lines = []
     for split in (split for split in SPLITS if split in manifest.splits):
         examples = Examples(folder, split)
         words, entities = int(examples.lengths("counts").sum()), int(examples.lengths("firsts").sum())
         what = f"{len(manifest.facts['labels'])} relations" if data.task == "relations" else f"{entities:,} entities"
-        lines.append(f"{split}: {examples.num_rows:,} sentences, {words:,} words, {what}")
-    lines += tell_left_out(manifest.facts, data, "sentences that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{split}: {examples.num_rows:,} sentences, {words:,} words, {what}"

@@ -4,7 +4,6 @@ Shapes: N sentences of at most T words, P tokens a word and L letters a word; F 
 An encoder's tokens lie in R rows of K. See `collate` in data.py.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from bigbatch.recipes.core.layers import Embedding, Linear
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Encoder, Pooler
 from bigbatch.recipes.core.models.recurrent import locked_dropout, recurrent
-from bigbatch.recipes.core.start import check_labels, read_head, read_labels, start_encoder
+from bigbatch.recipes.core.start import start_encoder, start_head
 from bigbatch.recipes.extract.config import EncoderBackboneSection, ExtractConfig, ObjectiveSection, WordBackboneSection
 from bigbatch.recipes.extract.crf import ConditionalRandomField
 from bigbatch.recipes.extract.features import NUM_CHARACTERS
@@ -213,11 +212,5 @@ def build_model(config: ExtractConfig, facts: dict[str, Any], initialize: bool) 
         return WordExtractor(section, size, config, labels)
     model = EncoderExtractor(EncoderSection.model_validate(facts["encoder"]), size, config, labels)
     start_encoder(model.encoder, model.pooler, section, size, initialize)
-    if section.keep_head and section.initialize_from and initialize:
-        path = Path(section.initialize_from).expanduser()
-        tensors = read_head(path, THEIR_HEAD)
-        check_labels(read_labels(path) if len(tensors) == 2 else [], labels, path)
-        with torch.no_grad():
-            for name, parameter in model.head.named_parameters():
-                parameter.copy_(tensors[name])
+    start_head(model.head, section, THEIR_HEAD, initialize, labels)
     return model

@@ -10,32 +10,23 @@ import numpy as np
 import torch
 from torch import nn
 
+from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.examples import Examples
-from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
-from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
-from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, label_tables, untrained_document
+from bigbatch.recipes.core.metrics import CONFIDENCE
+from bigbatch.recipes.core.models.encoder import encoder_export
+from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
+from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import (
-    CONFIG_FILE,
-    WHERE,
-    Start,
-    find_start,
-    read_labels,
-    starting_shape,
-    starting_vocabulary,
-)
-from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.extract import data
 from bigbatch.recipes.extract.answering import entities_in, relations_in
-from bigbatch.recipes.extract.config import EncoderBackboneSection, ExtractConfig
+from bigbatch.recipes.extract.config import ExtractConfig
 from bigbatch.recipes.extract.model import THEIR_HEAD
 from bigbatch.recipes.extract.model import build_model as build
 from bigbatch.recipes.extract.scores import (
-    CONFIDENCE,
     entity_counts,
     entity_figures,
     interval,
@@ -51,25 +42,26 @@ MODEL_FACTS = ("labels",)
 NOT_INPUTS = ("rows", "begins", "splits")  # of a batch, what the model does not take
 WHOLE_SPLIT = True
 MAIN_FIGURES = ("f1", "relation_f1")
+learning_rate_scales = starting.learning_rate_scales
 
 
 def prepare(config: ExtractConfig) -> Path:
     """Read, split and tokenize the sentences."""
-    start = _start(config)
+    start = starting.find_native_start(config.model)
     return data.prepare(config.data, start.tokenizer if start else None)
 
 
 def open_data(config: ExtractConfig) -> DataSplits:
     """Map the prepared sentences into memory."""
-    start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    start = starting.find_native_start(config.model)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     train = data.ExtractSamples(folder, TRAIN, config)
     facts = {
-        "vocabulary_size": starting_vocabulary(folder, start),
+        "vocabulary_size": starting.starting_vocabulary(folder, start),
         "tokenizer": str(folder),
         "end_of_text": train.tokenizer.end_of_text,
         "labels": train.facts["labels"],
-        "encoder": starting_shape(config.model, start) if config.model.backbone == "encoder" else None,
+        "encoder": starting.starting_shape(config.model, start) if config.model.backbone == "encoder" else None,
         "tokens_per_sample": round(train.mean_tokens),
         "train_samples": train.num_samples,
     }
@@ -134,20 +126,9 @@ def figure_names(config: ExtractConfig, facts: dict[str, Any]) -> list[str]:
     return list(entity_figures([labels], [labels]))
 
 
-def learning_rate_scales(config: ExtractConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers learn more slowly (`model.layer_decay`)."""
-    if config.model.backbone != "encoder" or config.model.layer_decay == 1:
-        return {}
-    return encoder_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
-
-
 def flops_per_sample(config: ExtractConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
-    with torch.device("meta"):
-        model = build(config, facts, initialize=False)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    return 6.0 * weights * facts["tokens_per_sample"]
+    """Count the operations of the weights that tokens meet."""
+    return operations_of_tokens(lambda: build(config, facts, initialize=False), facts["tokens_per_sample"])
 
 
 def samples_of_text(config: ExtractConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -170,21 +151,15 @@ def hugging_face(config: ExtractConfig, facts: dict[str, Any]) -> HuggingFaceExp
         raise UserError("model.backbone", "is 'words', which transformers has no class for; right is 'encoder'")
     if config.model.crf:
         raise UserError("model.crf", "is true; transformers has no class with a CRF, and without it tags are others")
-    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
-    is_pair = config.data.task == "relations"
+    labels, is_pair = facts["labels"], config.data.task == "relations"
     kind = "ForSequenceClassification" if is_pair else ARCHITECTURE
-    labels = facts["labels"]
-    tensors = encoder_tensors(section, size, "encoder.") | (pooler_tensors(section, "pooler.") if is_pair else {})
-    tensors |= {f"head.{part}": [Piece(f"{THEIR_HEAD}.{part}", 0, len(labels))] for part in ("weight", "bias")}
-    names, numbers = label_tables(labels)
-    settings = hugging_face_config(section, size, f"Bert{kind}") | {"id2label": names, "label2id": numbers}
-    return HuggingFaceExport(settings, tensors, auto_class=f"AutoModel{kind}")
+    return encoder_export(facts, kind, THEIR_HEAD, len(labels), labels, has_pooler=is_pair)
 
 
 def describe_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any]]:
     """Describe a Hugging Face folder of a BERT that tags words, or one that this recipe has written."""
-    start = _native(find_start(str(folder)))
-    labels = read_labels(folder)
+    start = starting.native_start(starting.find_start(str(folder)))
+    labels = starting.read_labels(folder)
     length = min(256, (start.encoder or {})["max_positions"])
     data = {"task": "entities", "train": [str(folder)], "sequence_length": length}
     document = untrained_document(
@@ -198,7 +173,7 @@ def describe_folder(folder: Path) -> tuple[ExtractConfig, dict[str, Any]]:
         try:
             entities_of_tags(labels)
         except BadSentenceError as error:
-            raise UserError(str(folder / CONFIG_FILE), f"id2label {error}") from None
+            raise UserError(str(folder / starting.CONFIG_FILE), f"id2label {error}") from None
     return config, facts
 
 
@@ -227,16 +202,3 @@ def _whole_sentences(
     gold = [[labels[tag] for tag in tags] for tags in examples.lists("tags", rows)]
     given = [[labels[tag] for tag in parts[parts >= 0]] for parts in found]
     return [right[: len(answer)] for right, answer in zip(gold, given, strict=True)], given
-
-
-def _start(config: ExtractConfig) -> Start | None:
-    model = config.model
-    if not isinstance(model, EncoderBackboneSection) or not model.initialize_from:
-        return None
-    return _native(find_start(model.initialize_from))
-
-
-def _native(start: Start) -> Start:
-    if start.hugging_face:
-        raise UserError(WHERE, f"{start.path} is a {start.hugging_face.get('model_type')}; right is a BERT")
-    return start

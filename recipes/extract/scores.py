@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-CONFIDENCE = 0.95
-BOOTSTRAP_SAMPLES = 1000
+from bigbatch.recipes.core.metrics import bootstrap_intervals
+
 _DIRECTED = re.compile(r"(?P<name>.+)\((?:e1,e2|e2,e1)\)")
 
 
@@ -71,11 +71,7 @@ def interval(counts: np.ndarray) -> tuple[float, float]:
 
     The same for the same rows.
     """
-    generator = np.random.default_rng(0)
-    draws = (generator.integers(len(counts), size=len(counts)) for _ in range(BOOTSTRAP_SAMPLES))
-    values = [_rates(counts[rows].sum(0))[2].mean() for rows in draws]
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
-    return low, high
+    return bootstrap_intervals(len(counts), lambda rows: {"f1": float(_rates(counts[rows].sum(0))[2].mean())})["f1"]
 
 
 def _rates(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

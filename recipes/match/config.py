@@ -1,6 +1,6 @@
 """The run document of matching: pairs of texts, documents for queries, items for users."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -65,6 +65,8 @@ Stemming = Literal["none", "english"]
 
 class MatchDataSection(SplitDataSection):
     """Pairs of texts."""
+
+    not_content: ClassVar[frozenset[str]] = frozenset({"sequence_length", "group_size", "rerank", "packing"})
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Sources of pairs: tables (.csv, .tsv, .jsonl, .parquet, folders, globs, `hf:NAME[:CONFIG[:SPLIT]]`),

@@ -4,8 +4,6 @@ Of each split a table of its texts, left ones first, and one of pairs, as number
 third: what BM25 finds for each left text.
 """
 
-import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
@@ -25,7 +22,7 @@ from bigbatch.recipes.core.data.examples import (
     record_batches,
     write_split,
 )
-from bigbatch.recipes.core.data.rows import Row, as_text, read_rows, shown
+from bigbatch.recipes.core.data.rows import Row, as_number, read_rows, shown, text_of
 from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
     SPLITS,
@@ -35,10 +32,8 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
@@ -46,8 +41,6 @@ from bigbatch.recipes.match.config import CollectionSection, MatchDataSection
 from bigbatch.recipes.match.ranking import Lexical, Ranked, top, without
 
 TEXTS, FOUND = "_texts", "_found"  # behind a split's name
-# What becomes of texts is decided when a split is opened, so these change nothing in the folder.
-NOT_CONTENT = {"sequence_length", "group_size", "rerank", "packing"}
 ROWS_AT_ONCE = 1024
 
 _NUMBERS = pyarrow.list_(pyarrow.int32())
@@ -94,10 +87,7 @@ class PairRow(NamedTuple):
     """What rows of one split share."""
     origin: str
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
 
 class Collection(NamedTuple):
@@ -115,15 +105,10 @@ def prepare(
     The tokenizer is that of a folder, or is made as the settings say. The miner is a model and a hash that stands for
     it.
     """
-    build = partial(_build, data=data, section=split_tokenizer(data, tokenizer_folder), embed=miner and miner[0])
-    folder = prepare_splits(data, NOT_CONTENT, build, tokenizer_folder, miner[1:] if miner else ())
-    _tell(folder, data)
+    build = partial(_build, embed=miner and miner[0])
+    folder = prepare_splits(data, build, tokenizer_folder, miner[1:] if miner else ())
+    tell_prepared(folder, data, _held(folder, data), "rows that stand")
     return folder
-
-
-def prepared(data: MatchDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 def read_found(folder: Path, split: str) -> dict[int, tuple[Ranked, np.ndarray]]:
@@ -155,13 +140,7 @@ def rarities(folder: Path, vocabulary_size: int) -> np.ndarray:
     return found / found.mean()
 
 
-def _build(
-    folder: Path,
-    files: dict[str, list[SourceFile]],
-    data: MatchDataSection,
-    section: TokenizerSection,
-    embed: Embed | None,
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: MatchDataSection, embed: Embed | None) -> Built:
     counts: Counter[str] = Counter()
     collection = _read_collection(data, files, counts)
     rows = {split: list(_read(data, split, files[split], collection, counts)) for split in SPLITS}
@@ -172,7 +151,7 @@ def _build(
     check_splits(data, rows, counts)
     if data.mining:
         rows[TRAIN] = _with_mined(rows[TRAIN], data, embed)
-    tokenizer = make_tokenizer(section, _training_texts(rows[TRAIN], collection), folder, knows_all=False)
+    tokenizer = make_tokenizer(data.tokenizer, _training_texts(rows[TRAIN], collection), folder, knows_all=False)
     written: dict[str, ExampleSplit] = {}
     for split, found in rows.items():
         if found:
@@ -207,7 +186,7 @@ def _read_texts(
         if name in found:
             leave_out(data, counts, f"repeated_{kind}_id", row.origin, f"has the id {name!r}, as an earlier one has")
             continue
-        found[name] = "\n".join(_text(row, column) for column in columns).strip()
+        found[name] = "\n".join(text_of(row, column) for column in columns).strip()
     return found
 
 
@@ -243,7 +222,7 @@ class _BadRowError(Exception):
 
 
 def _pair(data: MatchDataSection, row: Row) -> PairRow:
-    left, right = _text(row, data.left_column), _text(row, data.right_column)
+    left, right = text_of(row, data.left_column), text_of(row, data.right_column)
     score, group = 1.0, left
     if data.score_column:
         score, group = _scaled(row.values[data.score_column], data), f"{left}\n{right}"
@@ -261,18 +240,10 @@ def _pair(data: MatchDataSection, row: Row) -> PairRow:
 def _scaled(value: Any, data: MatchDataSection) -> float:
     """Return a score as a part of its range."""
     low, high = data.score_range
-    score = _number(value)
+    score = as_number(value)
     if score is None or not low <= score <= high:
         raise _BadRowError("wrong_score", f"has the score {shown(value)}; right is a number from {low:g} to {high:g}")
     return (score - low) / (high - low)
-
-
-def _number(value: Any) -> float | None:
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if math.isfinite(found) else None
 
 
 def _judged(data: MatchDataSection, section: CollectionSection, row: Row, collection: Collection) -> PairRow:
@@ -283,12 +254,12 @@ def _judged(data: MatchDataSection, section: CollectionSection, row: Row, collec
         excluded = tuple(_named(name, collection.documents, "document", "documents") for name in query)
         left = "\n".join(reversed(excluded))  # the newest first: a long history loses its end
     else:
-        left = _text(row, section.query_column)
+        left = text_of(row, section.query_column)
     right = _named(row.values[section.document_column], collection.documents, "document", "documents")
     grade = 1.0
     if section.grade_column:
         value = row.values[section.grade_column]
-        found = section.grades.get(str(value)) if section.grades else _number(value)
+        found = section.grades.get(str(value)) if section.grades else as_number(value)
         if found is None:
             known = f"one of {', '.join(section.grades)}" if section.grades else "a number"
             raise _BadRowError("wrong_grade", f"has the grade {shown(value)}; right is {known}")
@@ -301,12 +272,6 @@ def _named(name: Any, texts: dict[str, str], kind: str, sources: str) -> str:
     if str(name) not in texts:
         raise _BadRowError(f"unknown_{kind}", f"names the {kind} {shown(name)}, which data.collection.{sources} lacks")
     return texts[str(name)]
-
-
-def _text(row: Row, column: str) -> str:
-    """Return a column's text, where half of a surrogate pair, which UTF-8 has not, is another character."""
-    found = as_text(row.values[column], row.origin, column)
-    return found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _training_texts(rows: list[PairRow], collection: Collection) -> Iterator[str]:
@@ -396,10 +361,10 @@ def _found(
         yield number, found.documents[: data.depth], found.scores[: data.depth], excluded[left]
 
 
-def _tell(folder: Path, data: MatchDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
+def _held(folder: Path, data: MatchDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
     manifest = read_examples(folder)
-    facts, lines = manifest.facts, []
+    facts = manifest.facts
     for split in (split for split in SPLITS if split in manifest.splits):
         texts = Examples(folder, split + TEXTS)
         is_right = texts.numbers("is_right")
@@ -407,8 +372,6 @@ def _tell(folder: Path, data: MatchDataSection) -> None:
         line += f"{int(is_right.sum()):,} right texts"
         if long := int((texts.lengths("tokens") > data.sequence_length).sum()):
             line += f"; {long:,} of them are cut at {data.sequence_length} tokens"
-        lines.append(line)
+        yield line
     if empty := facts["empty_documents"]:
-        lines.append(f"{empty:,} documents are empty: no search finds them")
-    lines += tell_left_out(facts, data, "rows that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{empty:,} documents are empty: no search finds them"

@@ -3,19 +3,17 @@
 Shapes: R rows of T tokens hold W windows; P pairs of G groups, each with n negatives; D numbers of a vector.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layers import Embedding, Linear
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Encoder, Pooler
 from bigbatch.recipes.core.recipe import Batch
-from bigbatch.recipes.core.start import read_head, start_encoder
+from bigbatch.recipes.core.start import start_encoder, start_head
 from bigbatch.recipes.match.config import MatchModelSection, ObjectiveSection
 
 THEIR_HEAD = "classifier"
@@ -111,13 +109,7 @@ def build_model(
         return model
     model = CrossEncoder(shape, size)
     start_encoder(model.encoder, model.pooler, section, size, initialize)
-    if section.keep_head and section.initialize_from and initialize:
-        tensors = read_head(Path(section.initialize_from).expanduser(), THEIR_HEAD)
-        if tensors.keys() != {"weight", "bias"} or tensors["bias"].shape != (1,):
-            raise UserError("model.keep_head", f"{section.initialize_from} scores no pairs; right is false")
-        with torch.no_grad():
-            for name, parameter in model.head.named_parameters():
-                parameter.copy_(tensors[name])
+    start_head(model.head, section, THEIR_HEAD, initialize, lack="scores no pairs")
     return model
 
 

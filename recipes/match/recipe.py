@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.checkpoint import MANIFEST, fill, open_checkpoint
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.identity import fingerprint
-from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.splits import SPLITS, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config, pooler_tensors
-from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, read_json, untrained_document
+from bigbatch.recipes.core.models.encoder import encoder_export, encoder_tensors, hugging_face_config
+from bigbatch.recipes.core.models.hugging_face import conversion_record, read_json, untrained_document
+from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import Start, find_start, native_start, starting_shape, starting_vocabulary
-from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.match import data, samples
 from bigbatch.recipes.match.config import MatchConfig
 from bigbatch.recipes.match.model import THEIR_HEAD, loss_of_logits, loss_of_vectors
@@ -35,11 +35,12 @@ FIELDS = ("left", "right")
 TEXTS_AT_ONCE = 64
 WHOLE_SPLIT = True
 MAIN_FIGURES = ("spearman", "ndcg@10")
+learning_rate_scales = starting.learning_rate_scales
 
 
 def prepare(config: MatchConfig) -> Path:
     """Split and tokenize the pairs, rank what is ranked, and mine negatives."""
-    start = _start(config)
+    start = starting.find_native_start(config.model)
     miner = None
     if config.data.mining and config.data.mining.by != "bm25":
         path = Path(config.data.mining.by).expanduser()
@@ -50,17 +51,17 @@ def prepare(config: MatchConfig) -> Path:
 
 def open_data(config: MatchConfig) -> DataSplits:
     """Map the prepared pairs into memory."""
-    start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    start = starting.find_native_start(config.model)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     tokenizer = load_tokenizer(folder)
     if config.model.kind == "cross" and tokenizer.begin_of_text is None:
         raise UserError("data.tokenizer", "has no token that begins a text; kind 'wordpiece' has, and BERT's own")
     train = samples.PairSamples(folder, "train", config, is_training=True)
     facts = {
-        "vocabulary_size": starting_vocabulary(folder, start),
+        "vocabulary_size": starting.starting_vocabulary(folder, start),
         "tokenizer": str(folder),
         "end_of_text": tokenizer.end_of_text,
-        "encoder": starting_shape(config.model, start),
+        "encoder": starting.starting_shape(config.model, start),
         "tokens_per_sample": round(train.mean_tokens),
         "train_samples": train.num_samples,
     }
@@ -174,20 +175,9 @@ def correlations(found: np.ndarray, right: np.ndarray) -> dict[str, float]:
     return {name: float(result.statistic) for name, result in computed.items()}
 
 
-def learning_rate_scales(config: MatchConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers learn more slowly (`model.layer_decay`)."""
-    if config.model.layer_decay == 1:
-        return {}
-    return encoder_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
-
-
 def flops_per_sample(config: MatchConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
-    with torch.device("meta"):
-        model = build(config.model, facts, initialize=False)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    return 6.0 * weights * facts["tokens_per_sample"]
+    """Count the operations of the weights that tokens meet."""
+    return operations_of_tokens(lambda: build(config.model, facts, initialize=False), facts["tokens_per_sample"])
 
 
 def samples_of_text(config: MatchConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -270,18 +260,13 @@ def hugging_face(config: MatchConfig, facts: dict[str, Any]) -> HuggingFaceExpor
     """
     if config.model.backbone == "words":
         raise UserError("model.backbone", "is 'words', for which transformers has no class; bigbatch takes the run")
-    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
-    tensors = encoder_tensors(section, size, "encoder.")
     if config.model.kind == "cross":
-        tensors |= pooler_tensors(section, "pooler.")
-        tensors |= {f"head.{kind}": [Piece(f"{THEIR_HEAD}.{kind}", 0, 1)] for kind in ("weight", "bias")}
-        settings = hugging_face_config(section, size, "BertForSequenceClassification")
-        settings |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-        return HuggingFaceExport(settings, tensors, auto_class="AutoModelForSequenceClassification")
+        return encoder_export(facts, "ForSequenceClassification", THEIR_HEAD, 1, ["score"], has_pooler=True)
+    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
     settings = hugging_face_config(section, size, "BertModel")
     plain = {
         name: [piece._replace(name=piece.name.removeprefix("bert.")) for piece in pieces]
-        for name, pieces in tensors.items()
+        for name, pieces in encoder_tensors(section, size, "encoder.").items()
     }
     return HuggingFaceExport(settings, plain, auto_class="AutoModel", files=_sentence_transformers(config, section))
 
@@ -308,7 +293,7 @@ def describe_folder(folder: Path) -> tuple[MatchConfig, dict[str, Any]]:
 
     Pooled as 1_Pooling of sentence-transformers says, by default by the mean.
     """
-    start = native_start(find_start(str(folder)))
+    start = starting.native_start(starting.find_start(str(folder)))
     run = conversion_record(folder)["run"]
     pooling = folder / "1_Pooling" / "config.json"
     is_first = pooling.exists() and read_json(pooling).get("pooling_mode_cls_token")
@@ -372,7 +357,3 @@ def _softmax_loss(logits: np.ndarray, rows: list[int], grades: dict[int, dict[in
     logits = logits.astype(np.float64) - logits.max(1, keepdims=True)
     chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return float(-np.mean([chances[place, right - begin] for place, row in enumerate(rows) for right in grades[row]]))
-
-
-def _start(config: MatchConfig) -> Start | None:
-    return native_start(find_start(config.model.initialize_from)) if config.model.initialize_from else None

@@ -3,17 +3,17 @@
 W windows lie in R rows of T tokens; P pairs, each with n negatives.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bigbatch.recipes.core.data.examples import Examples, read_examples
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import lay_out, truncated
-from bigbatch.recipes.core.data.sampler import Order, random_words, sample_order
+from bigbatch.recipes.core.data.sampler import Order, sample_order
 from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.match.config import MatchConfig, MatchDataSection
@@ -38,7 +38,7 @@ class _Texts:
     def hash_of(self, *further: Any) -> str:
         """Return a fingerprint of the content, the lengths and what else there is."""
         content = [self.pairs.fingerprint, self.texts.fingerprint, self.data.sequence_length, self.data.packing]
-        return hashlib.blake2b(json.dumps([*content, *further]).encode(), digest_size=16).hexdigest()
+        return fingerprint_of([*content, *further])
 
 
 class PairSamples(_Texts):
@@ -108,12 +108,8 @@ class PairSamples(_Texts):
         texts = self.tokens(numbers)
         if not self.token_dropout:
             return texts
-        words = random_words(self.seed, order, stream, max(map(len, texts)))
-        is_dropped = words < np.uint64(self.token_dropout * 2.0**64)
-        is_dropped[:, 0] &= self.tokenizer.begin_of_text is None
-        unknown = np.uint32(self.tokenizer.unknown or 0)
-        dropped = zip(texts, is_dropped, strict=True)
-        return [np.append(np.where(row[: len(t) - 1], unknown, t[:-1]), t[-1]).astype(np.uint32) for t, row in dropped]
+        drawn = (self.token_dropout, self.seed, order, self.tokenizer, stream)
+        return drop_tokens(texts, *drawn, has_special=True)
 
 
 class TextSamples(_Texts):

@@ -3,11 +3,11 @@
 Shapes: B stretches of T words (C more before each where it is validated), K the longest n-gram.
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.ngrams import BUCKETS, Tables
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL, Stream
@@ -40,7 +40,7 @@ class TextSamples:
         self.length, self.context, self.begin, self.shift_seed = length, context, begin, shift_seed
         self.num_samples = -(-(self.stream.num_tokens - begin) // length) + (shift_seed is not None)
         content = f"{self.stream.fingerprint} {split} {length} {context} {begin} {shift_seed}"
-        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return tokens [B, C + T] and labels [B, T] int64 of these samples."""
@@ -69,7 +69,7 @@ class NgramSamples:
         self.samples, self.tables = samples, tables
         self.num_samples = samples.num_samples
         content = f"{samples.fingerprint} {tables.fingerprint}"
-        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return statistics [B, T, K, STATISTICS] float32 and labels [B, T] int64 of these samples."""

@@ -23,6 +23,10 @@ SPECIAL_TOKENS = 3  # [CLS] question [SEP] context [SEP]
 class QuestionDataSection(SplitDataSection):
     """Questions, the contexts that hold their answers, and where the answers stand there."""
 
+    not_content: ClassVar[frozenset[str]] = frozenset(
+        {"sequence_length", "question_tokens", "stride_tokens", "null_windows_kept", "packing"}
+    )
+
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Sources of questions: SQuAD documents (.json, also .gz), tables (.jsonl, .parquet, folders, globs,
     `hf:NAME[:CONFIG[:SPLIT]]`), `python:questions`, or an object that says how to read one. A relative path is looked

@@ -3,19 +3,14 @@
 W windows, [CLS] question [SEP] part of the context [SEP], lie in R rows of T tokens.
 """
 
-import hashlib
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
@@ -24,8 +19,9 @@ from bigbatch.recipes.core.data.examples import (
     record_batches,
     write_split,
 )
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import lay_out
-from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
+from bigbatch.recipes.core.data.rows import read_rows, shown, text_of
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
@@ -36,11 +32,10 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
-    tell_left_out,
+    tell_prepared,
 )
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import (
     Placed,
     TextTokenizer,
@@ -52,11 +47,9 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.question_answering.config import SPECIAL_TOKENS, QuestionDataSection
 
 CONTEXTS = "_contexts"  # behind a split's name: the table of its contexts, each once
-# What becomes of questions and contexts is decided when a split is opened, so these change nothing in the folder.
-NOT_CONTENT = {"sequence_length", "question_tokens", "stride_tokens", "null_windows_kept", "packing"}
 ROWS_AT_ONCE = 1024
 MAX_GROUPS = 20  # of more kinds of questions none has figures of its own
-DROPOUT, KEEPING = 0, 2  # streams of random numbers; the contexts' dropout has the one behind the questions'
+QUESTION_DROPOUT, CONTEXT_DROPOUT, KEEPING = range(3)  # streams of random numbers
 
 _NUMBERS, _TOKENS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.uint32())
 CONTEXT_SCHEMA = pyarrow.schema({"text": pyarrow.string(), "tokens": _TOKENS, "starts": _NUMBERS, "ends": _NUMBERS})
@@ -86,10 +79,7 @@ class QuestionRow(NamedTuple):
     group: str
     origin: str
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
 
 class EncodedRow(NamedTuple):
@@ -107,15 +97,9 @@ def prepare(data: QuestionDataSection, tokenizer_folder: Path | None = None) -> 
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
-    _tell(folder, data)
+    folder = prepare_splits(data, _build, tokenizer_folder)
+    tell_prepared(folder, data, _held(folder, data), "questions on contexts that stand")
     return folder
-
-
-def prepared(data: QuestionDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
 
 
 class QuestionSamples:
@@ -152,8 +136,9 @@ class QuestionSamples:
         questions = self.questions.lists("tokens", rows)
         contexts = self.contexts.lists("tokens", self.context_numbers[rows])
         if self.token_dropout:
-            order = Order(sample_ids, epochs)
-            questions, contexts = self._drop(questions, order, 0), self._drop(contexts, order, 1)
+            drawn = (self.token_dropout, self.seed, Order(sample_ids, epochs), self.tokenizer)
+            questions = drop_tokens(questions, *drawn, QUESTION_DROPOUT)
+            contexts = drop_tokens(contexts, *drawn, CONTEXT_DROPOUT)
         batch = collate(questions, contexts, begins, self.data, self.tokenizer)
         first, last = (self.targets[rows] - begins[:, None] + batch["contexts"][:, None]).T
         holds = self._holds(rows, begins, batch["lengths"] - batch["contexts"] - 1)
@@ -168,19 +153,12 @@ class QuestionSamples:
         chances = random_words(0, Order(np.arange(len(rows)), np.zeros(len(rows), np.int64)), KEEPING, 1)[:, 0]
         return self._holds(rows, begins, parts) | (chances / 2.0**64 < self.data.null_windows_kept)
 
-    def _drop(self, texts: list[np.ndarray], order: Order, part: int) -> list[np.ndarray]:
-        """Replace each token by the unknown one with a chance of `token_dropout`."""
-        words = random_words(self.seed, order, DROPOUT + part, max(map(len, texts)))
-        is_dropped = words < np.uint64(self.token_dropout * 2.0**64)
-        unknown = np.uint32(self.tokenizer.unknown or 0)
-        return [np.where(chosen[: len(text)], unknown, text) for text, chosen in zip(texts, is_dropped, strict=True)]
-
     def _fingerprint(self) -> str:
         section = self.data
         content = [self.questions.fingerprint, self.contexts.fingerprint, section.sequence_length]
         content += [section.question_tokens, section.stride_tokens, section.null_windows_kept, section.packing]
         content += [self.token_dropout, self.seed if self.token_dropout else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(content)
 
 
 def open_split(
@@ -269,21 +247,14 @@ def token_span(context: Placed, start: int, end: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
-def _settings(data: QuestionDataSection, tokenizer_folder: Path | None) -> dict[str, Any]:
-    settings = data.model_dump(mode="json", exclude=NOT_CONTENT)
-    return settings | {"tokenizer": split_tokenizer(data, tokenizer_folder).model_dump(mode="json")}
-
-
-def _build(
-    folder: Path, files: dict[str, list[SourceFile]], data: QuestionDataSection, section: TokenizerSection
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: QuestionDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
     rows = cut_splits(data, rows)
     leaks = count_leaks(data, rows)
     if not rows[TRAIN]:
         raise UserError("data.train", f"no question is left to train on ({shown_counts(counts)})")
-    tokenizer = make_tokenizer(section, _training_texts(rows[TRAIN]), folder, knows_all=False)
+    tokenizer = make_tokenizer(data.tokenizer, _training_texts(rows[TRAIN]), folder, knows_all=False)
     if tokenizer.begin_of_text is None:
         raise UserError(
             "data.tokenizer", "has no token that begins a text; kind 'wordpiece' has, and so has BERT's own"
@@ -313,8 +284,7 @@ def _read(data: QuestionDataSection, files: list[SourceFile], counts: Counter[st
     """Yield the questions of some files without those that the settings leave out, and count."""
     for row in (row for file in files for row in read_rows(file, data.columns)):
         counts["read"] += 1
-        names = (data.question_column, data.context_column)
-        question, context = (_text(row.values[name], row.origin, name) for name in names)
+        question, context = (text_of(row, name) for name in (data.question_column, data.context_column))
         group = row.values[data.group_column] if data.group_column else ""
         try:
             spans = spans_of(row.values[data.answers_column], context)
@@ -322,11 +292,6 @@ def _read(data: QuestionDataSection, files: list[SourceFile], counts: Counter[st
             leave_out(data, counts, "bad_answer", row.origin, str(error))
             continue
         yield QuestionRow(context, question, spans, str(group), row.origin)
-
-
-def _text(value: Any, origin: str, column: str) -> str:
-    """Return a column's text, where half of a surrogate pair, which UTF-8 has not, is another character."""
-    return as_text(value, origin, column).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _training_texts(rows: list[QuestionRow]) -> Iterator[str]:
@@ -376,10 +341,10 @@ def _record(item: EncodedRow) -> tuple[Any, ...]:
     return row.question, item.tokens, item.context, starts, ends, item.first, item.last, row.group, row.origin
 
 
-def _tell(folder: Path, data: QuestionDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
+def _held(folder: Path, data: QuestionDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
     manifest = read_examples(folder)
-    facts, lines = manifest.facts, []
+    facts = manifest.facts
     for split in (split for split in SPLITS if split in manifest.splits):
         samples = QuestionSamples(folder, split, data)
         count, answered = samples.questions.num_rows, facts["answered"][split]
@@ -387,8 +352,6 @@ def _tell(folder: Path, data: QuestionDataSection) -> None:
         line += f"an answer; {samples.num_samples:,} windows of {data.sequence_length} tokens at most"
         if long := int((samples.questions.lengths("tokens") > data.question_tokens).sum()):
             line += f"; {long:,} questions are cut at {data.question_tokens} tokens"
-        lines.append(line)
+        yield line
     if inside := facts["inside"]:
-        lines.append(f"{inside:,} answers begin or end inside a token, and are taken to reach to its ends")
-    lines += tell_left_out(facts, data, "questions on contexts that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield f"{inside:,} answers begin or end inside a token, and are taken to reach to its ends"

@@ -3,18 +3,16 @@
 Shapes: R rows of T tokens hold W windows, the longest of L; S spans of a window, the best ones. See data.py.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layers import Linear, gather_windows
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Encoder
-from bigbatch.recipes.core.start import read_head, start_encoder
+from bigbatch.recipes.core.start import start_encoder, start_head
 from bigbatch.recipes.question_answering.config import AnswerSection, SpanModelSection
 
 THEIR_HEAD = "qa_outputs"
@@ -54,13 +52,7 @@ def build_model(
     shape = EncoderSection.model_validate(facts["encoder"])
     model = SpanModel(shape, facts["vocabulary_size"], answers.most_tokens)
     start_encoder(model.encoder, None, section, facts["vocabulary_size"], initialize)
-    if section.keep_head and section.initialize_from and initialize:
-        tensors = read_head(Path(section.initialize_from).expanduser(), THEIR_HEAD)
-        if tensors.keys() != {"weight", "bias"} or tensors["bias"].shape != (2,):
-            raise UserError("model.keep_head", f"{section.initialize_from} answers no questions; right is false")
-        with torch.no_grad():
-            for name, parameter in model.head.named_parameters():
-                parameter.copy_(tensors[name])
+    start_head(model.head, section, THEIR_HEAD, initialize, lack="answers no questions")
     return model
 
 

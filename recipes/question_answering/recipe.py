@@ -10,23 +10,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.examples import Examples
-from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.splits import SPLITS, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
-from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
-from bigbatch.recipes.core.models.hugging_face import Piece, conversion_record, untrained_document
+from bigbatch.recipes.core.metrics import CONFIDENCE
+from bigbatch.recipes.core.models.encoder import encoder_export
+from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
+from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import Start, find_start, native_start, starting_shape, starting_vocabulary
-from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.question_answering import data
 from bigbatch.recipes.question_answering.answering import Answering, answer
 from bigbatch.recipes.question_answering.config import QuestionAnsweringConfig
 from bigbatch.recipes.question_answering.model import INPUTS, LAYOUT, THEIR_HEAD, best_spans, span_loss
 from bigbatch.recipes.question_answering.model import build_model as build
 from bigbatch.recipes.question_answering.scores import (
-    CONFIDENCE,
     Judged,
     exact_match,
     fit_threshold,
@@ -42,27 +41,27 @@ FIELDS = ("question", "context")
 THRESHOLD = "null_threshold"
 MODEL_FACTS = (THRESHOLD, "has_null")
 """What is of the model though no weight."""
-BOOTSTRAP_SAMPLES = 1000
 WHOLE_SPLIT = True
 MAIN_FIGURES = ("f1",)
+learning_rate_scales = starting.learning_rate_scales
 
 
 def prepare(config: QuestionAnsweringConfig) -> Path:
     """Split and tokenize the questions, and place their answers."""
-    start = _start(config)
+    start = starting.find_native_start(config.model)
     return data.prepare(config.data, start.tokenizer if start else None)
 
 
 def open_data(config: QuestionAnsweringConfig) -> DataSplits:
     """Map the prepared questions into memory."""
-    start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    start = starting.find_native_start(config.model)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     train = data.QuestionSamples(folder, "train", config.data, config.objective.token_dropout, config.seed)
     facts = {
-        "vocabulary_size": starting_vocabulary(folder, start),
+        "vocabulary_size": starting.starting_vocabulary(folder, start),
         "tokenizer": str(folder),
         "end_of_text": train.tokenizer.end_of_text,
-        "encoder": starting_shape(config.model, start),
+        "encoder": starting.starting_shape(config.model, start),
         "has_null": train.facts["has_null"],
         "groups": train.facts["groups"],
         "tokens_per_sample": round(train.mean_tokens),
@@ -128,7 +127,7 @@ def figures(
     found |= score(judged, threshold, groups, facts["groups"])
     found["num_questions"] = len(rows)
     if thorough:
-        around = intervals(judged, threshold, BOOTSTRAP_SAMPLES)
+        around = intervals(judged, threshold)
         found["details"] = {"intervals": around, "confidence": CONFIDENCE}
     return found
 
@@ -140,20 +139,11 @@ def figure_names(config: QuestionAnsweringConfig, facts: dict[str, Any]) -> list
     return [*([THRESHOLD] if facts["has_null"] else []), *score(judged, 0.0, groups[:1], groups.tolist())]
 
 
-def learning_rate_scales(config: QuestionAnsweringConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers learn more slowly (`model.layer_decay`)."""
-    if config.model.layer_decay == 1:
-        return {}
-    return encoder_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
-
-
 def flops_per_sample(config: QuestionAnsweringConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
-    with torch.device("meta"):
-        model = build(config.model, config.answers, facts, initialize=False)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    return 6.0 * weights * facts["tokens_per_sample"]
+    """Count the operations of the weights that tokens meet."""
+    return operations_of_tokens(
+        lambda: build(config.model, config.answers, facts, initialize=False), facts["tokens_per_sample"]
+    )
 
 
 def samples_of_text(config: QuestionAnsweringConfig, model: nn.Module, facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -174,11 +164,7 @@ def predictor(
 
 def hugging_face(config: QuestionAnsweringConfig, facts: dict[str, Any]) -> HuggingFaceExport:
     """Name the model's tensors and settings as transformers' BertForQuestionAnswering does."""
-    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
-    tensors = encoder_tensors(section, size, "encoder.")
-    tensors |= {f"head.{kind}": [Piece(f"{THEIR_HEAD}.{kind}", 0, 2)] for kind in ("weight", "bias")}
-    settings = hugging_face_config(section, size, "BertForQuestionAnswering")
-    return HuggingFaceExport(settings, tensors, auto_class="AutoModelForQuestionAnswering")
+    return encoder_export(facts, ARCHITECTURE, THEIR_HEAD, num_outputs=2)
 
 
 def describe_folder(folder: Path) -> tuple[QuestionAnsweringConfig, dict[str, Any]]:
@@ -186,7 +172,7 @@ def describe_folder(folder: Path) -> tuple[QuestionAnsweringConfig, dict[str, An
 
     One that this project has not written is taken to know that there may be no answer, at a threshold of 0.
     """
-    start = native_start(find_start(str(folder)))
+    start = starting.native_start(starting.find_start(str(folder)))
     record = conversion_record(folder)
     length = min(384, (start.encoder or {})["max_positions"])
     document = untrained_document(
@@ -212,10 +198,6 @@ def foreign(config: QuestionAnsweringConfig, facts: dict[str, Any], session: Ses
 def _loss(logits: torch.Tensor, batch: Batch) -> Loss:
     found = span_loss(logits, *(batch[name] for name in ("firsts", "lengths", "starts", "ends")))
     return Loss(found, len(batch["starts"]))
-
-
-def _start(config: QuestionAnsweringConfig) -> Start | None:
-    return native_start(find_start(config.model.initialize_from)) if config.model.initialize_from else None
 
 
 def _judge(facts: dict[str, Any], arrays: dict[str, np.ndarray], examples: Examples) -> tuple[np.ndarray, Judged]:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bigbatch.recipes.core.metrics import BOOTSTRAP_SAMPLES, bootstrap_intervals
+
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-CONFIDENCE = 0.95
 
 
 class Judged(NamedTuple):
@@ -96,11 +97,13 @@ def score(judged: Judged, threshold: float, groups: np.ndarray, names: Sequence[
     return figures
 
 
-def intervals(judged: Judged, threshold: float, num_samples: int, seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(judged: Judged, threshold: float, num_samples: int = BOOTSTRAP_SAMPLES) -> dict[str, tuple[float, float]]:
     """Return percentile bootstrap intervals of exact match and F1, over resampled questions."""
     answers = judged.margins <= threshold
-    values = np.stack([np.where(answers, found, judged.null) for found in (judged.exact, judged.f1)], 1)  # [N, 2]
-    generator, count = np.random.default_rng(seed), len(values)
-    means = np.stack([values[generator.integers(count, size=count)].mean(0) for _ in range(num_samples)])
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(("exact_match", "f1"))}
+    values = {"exact_match": judged.exact, "f1": judged.f1}
+    values = {name: np.where(answers, found, judged.null) for name, found in values.items()}
+
+    def means(rows: np.ndarray) -> dict[str, float]:
+        return {name: float(found[rows].mean()) for name, found in values.items()}
+
+    return bootstrap_intervals(len(answers), means, num_samples)

@@ -23,6 +23,10 @@ SPECIAL_TOKENS = 2  # [CLS] sentence [SEP]
 class DocumentDataSection(SplitDataSection):
     """Documents, and what people have written as their summaries."""
 
+    not_content: ClassVar[frozenset[str]] = frozenset(
+        {"sequence_length", "summary_tokens", "window_sentences", "packing"}
+    )
+
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Sources of documents: tables (.jsonl, .parquet, .csv, .tsv, folders, globs, `hf:NAME[:CONFIG[:SPLIT]]`),
     `python:summaries`, or an object that says how to read one. A relative path is looked for here, then under

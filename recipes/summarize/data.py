@@ -6,7 +6,6 @@ W windows of at most S sentences, each sentence [CLS] its tokens [SEP], lie in R
 import re
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,17 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.clean import units
 from bigbatch.recipes.core.data.examples import (
     ORIGIN,
     Built,
-    read_examples,
     record_batches,
     write_split,
 )
 from bigbatch.recipes.core.data.rows import read_rows, shown
-from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.sources import SourceFile
 from bigbatch.recipes.core.data.splits import (
     TRAIN,
@@ -33,20 +29,14 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
-    tell_left_out,
 )
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, encode_documents, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.summarize.config import DocumentDataSection
 from bigbatch.recipes.summarize.rouge import Rouge
 
-# What becomes of documents is decided when a split is opened, so these change nothing in the folder.
-NOT_CONTENT = {"sequence_length", "summary_tokens", "window_sentences", "packing"}
 ROWS_AT_ONCE = 256
-DROPOUT = 0  # stream of random numbers
 BETWEEN_SENTENCES, BETWEEN_REFERENCES = "\n", "\n\n"
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -74,10 +64,7 @@ class DocumentRow(NamedTuple):
     """The same, of each summary."""
     origin: str
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
     @property
     def sentences(self) -> list[str]:
@@ -85,19 +72,12 @@ class DocumentRow(NamedTuple):
         return self.text.split(BETWEEN_SENTENCES)
 
 
-def prepare(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> tuple[Path, list[str]]:
-    """Make the prepared folder of these settings and sources, or find it; return also what to say that is not in it.
+def prepare(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> Path:
+    """Make the prepared folder of these settings and sources, or find it.
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data, section=section), tokenizer_folder)
-    return folder, tell_left_out(read_examples(folder).facts, data, "documents that stand")
-
-
-def prepared(data: DocumentDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT, tokenizer_folder)
+    return prepare_splits(data, _build, tokenizer_folder)
 
 
 def sentences_of(value: Any) -> list[str]:
@@ -125,21 +105,10 @@ def references_of(value: Any, are_sentences: bool) -> list[str]:
     return [BETWEEN_SENTENCES.join(sentences) for sentences in found if sentences]
 
 
-def drop_tokens(
-    texts: list[np.ndarray], chance: float, seed: int, order: Order, tokenizer: TextTokenizer
-) -> list[np.ndarray]:
-    """Replace each token by the unknown one with a chance, drawn anew in every epoch."""
-    words = random_words(seed, order, DROPOUT, max(1, *map(len, texts)))
-    is_dropped, unknown = words < np.uint64(chance * 2.0**64), np.uint32(tokenizer.unknown or 0)
-    return [np.where(chosen[: len(text)], unknown, text) for text, chosen in zip(texts, is_dropped, strict=True)]
-
-
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
-def _build(
-    folder: Path, files: dict[str, list[SourceFile]], data: DocumentDataSection, section: TokenizerSection
-) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: DocumentDataSection) -> Built:
     counts: Counter[str] = Counter()
     rouge = Rouge()
     rows = {split: list(_read(data, found, rouge, counts)) for split, found in files.items()}
@@ -148,7 +117,7 @@ def _build(
     if not rows[TRAIN]:
         raise UserError("data.train", f"no document is left to train on ({shown_counts(counts)})")
     check_splits(data, rows, counts)
-    tokenizer = make_tokenizer(section, _training_texts(rows[TRAIN]), folder, knows_all=False)
+    tokenizer = make_tokenizer(data.tokenizer, _training_texts(rows[TRAIN]), folder, knows_all=False)
     written = {}
     for split, found in rows.items():
         if found:

@@ -15,11 +15,10 @@ from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
-from bigbatch.recipes.core.models.config import EncoderSection
-from bigbatch.recipes.core.models.encoder import encoder_tensors, hugging_face_config
-from bigbatch.recipes.core.models.hugging_face import Piece
+from bigbatch.recipes.core.models.encoder import encoder_export
+from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import WHERE, Start, find_start, starting_shape, starting_vocabulary
+from bigbatch.recipes.core.start import Start, find_native_start, starting_shape, starting_vocabulary
 from bigbatch.recipes.summarize import data
 from bigbatch.recipes.summarize.choosing import choose, lead, text_rank
 from bigbatch.recipes.summarize.config import SummarizeConfig
@@ -32,10 +31,7 @@ WINDOWS_AT_ONCE = 64
 
 def find(config: SummarizeConfig) -> Start | None:
     """Look at what the model starts from."""
-    start = find_start(config.model.initialize_from) if config.model.initialize_from else None
-    if start and start.hugging_face:
-        raise UserError(WHERE, f"{start.path} is a {start.hugging_face.get('model_type')}; right is a BERT")
-    return start
+    return find_native_start(config.model)
 
 
 def starting_facts(config: SummarizeConfig, folder: Path, start: Start | None) -> dict[str, Any]:
@@ -101,12 +97,10 @@ def figures(
 
 
 def flops_per_sample(config: SummarizeConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations a token for each weight but the embeddings' (arXiv 2001.08361, section 2.1)."""
-    with torch.device("meta"):
-        model = build_model(config, facts, initialize=False)
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(parameter.numel() for parameter in model.encoder.parameters() if id(parameter) not in tables)
-    return 6.0 * weights * facts["tokens_of_sides"][0]
+    """Count the operations of the weights that tokens meet."""
+    return operations_of_tokens(
+        lambda: build_model(config, facts, initialize=False).encoder, facts["tokens_of_sides"][0]
+    )
 
 
 def predictor(
@@ -134,12 +128,7 @@ def export(config: SummarizeConfig, facts: dict[str, Any]) -> HuggingFaceExport:
     if layers := getattr(config.model, "sentence_layers", 0):
         found = f"is {layers}, for which transformers has no class; bigbatch predict takes the run"
         raise UserError("model.sentence_layers", found)
-    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
-    tensors = encoder_tensors(section, size, "encoder.")
-    tensors |= {f"head.{kind}": [Piece(f"{THEIR_HEAD}.{kind}", 0, 1)] for kind in ("weight", "bias")}
-    settings = hugging_face_config(section, size, "BertForTokenClassification")
-    settings |= {"id2label": {"0": "summary"}, "label2id": {"summary": 0}}
-    return HuggingFaceExport(settings, tensors, auto_class="AutoModelForTokenClassification")
+    return encoder_export(facts, "ForTokenClassification", THEIR_HEAD, 1, ["summary"])
 
 
 def _choose(sentences: list[str], scores: np.ndarray, config: SummarizeConfig, words: Words) -> list[int]:

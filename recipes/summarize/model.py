@@ -3,18 +3,16 @@
 Shapes: R rows of T tokens hold W windows of at most S sentences; D hidden size. See data.py.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layers import Linear, attention_mask
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Block, Context, Encoder
-from bigbatch.recipes.core.start import read_head, start_encoder
+from bigbatch.recipes.core.start import start_encoder, start_head
 from bigbatch.recipes.summarize.config import ObjectiveSection, SummarizeConfig
 
 THEIR_HEAD = "classifier"
@@ -66,13 +64,7 @@ def build_model(config: SummarizeConfig, facts: dict[str, Any], initialize: bool
     size, most = facts["vocabulary_size"], config.data.window_sentences
     model = SentenceModel(shape, size, section.sentence_layers, config.objective, most)
     start_encoder(model.encoder, None, section, size, initialize)
-    if section.keep_head and section.initialize_from and initialize:
-        tensors = read_head(Path(section.initialize_from).expanduser(), THEIR_HEAD)
-        if tensors.keys() != {"weight", "bias"} or tensors["bias"].shape != (1,):
-            raise UserError("model.keep_head", f"{section.initialize_from} scores no sentences; right is false")
-        with torch.no_grad():
-            for name, parameter in model.head.named_parameters():
-                parameter.copy_(tensors[name])
+    start_head(model.head, section, THEIR_HEAD, initialize, lack="scores no sentences")
     return model
 
 

@@ -3,19 +3,18 @@
 W pairs lie in R rows of S tokens of documents and T of summaries.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 
 from bigbatch.recipes.core.data.examples import Examples
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import first_fit_pairs, truncated
 from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_tokenizer
 from bigbatch.recipes.summarize.config import DocumentDataSection
-from bigbatch.recipes.summarize.data import drop_tokens
 
 
 class PairSamples:
@@ -43,7 +42,7 @@ class PairSamples:
         )
         content = [self.documents.fingerprint, data.sequence_length, data.summary_tokens, begin_of_target]
         content += [token_dropout, seed if token_dropout else 0]
-        self.fingerprint = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the pairs as `collate` does."""

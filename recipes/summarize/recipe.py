@@ -1,7 +1,6 @@
 """Summarize a document: choose sentences of it (extracting.py), or write (writing.py)."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,14 +9,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from bigbatch.recipes.core import start as starting
 from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
-from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits, tell_prepared
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import Session
 from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
-from bigbatch.recipes.core.start import learning_rate_scales as encoder_scales
 from bigbatch.recipes.summarize import data, extracting, writing
 from bigbatch.recipes.summarize.config import SummarizeConfig
 from bigbatch.recipes.summarize.rouge import KINDS
@@ -25,21 +24,23 @@ from bigbatch.recipes.summarize.rouge import KINDS
 FIELDS = ("document",)
 """What an input of the predictor consists of."""
 WHOLE_SPLIT = True
+learning_rate_scales = starting.learning_rate_scales
 
 
 def prepare(config: SummarizeConfig) -> Path:
     """Split and tokenize the documents, and label their best sentences; say on standard error what there is."""
     start = _way(config).find(config)
-    folder, left_out = data.prepare(config.data, start.tokenizer if start else None)
+    folder = data.prepare(config.data, start.tokenizer if start else None)
     splits, _ = _open(config, folder, start)
-    print("\n".join([f"{name}: {split.described()}" for name, split in splits.items()] + left_out), file=sys.stderr)
+    held = (f"{name}: {split.described()}" for name, split in splits.items())
+    tell_prepared(folder, config.data, held, "documents that stand")
     return folder
 
 
 def open_data(config: SummarizeConfig) -> DataSplits:
     """Map the prepared documents into memory."""
     start = _way(config).find(config)
-    splits, facts = _open(config, data.prepared(config.data, start.tokenizer if start else None), start)
+    splits, facts = _open(config, prepared_splits(config.data, start.tokenizer if start else None), start)
     train, sides = splits[TRAIN], splits[TRAIN].mean_tokens
     facts |= {"end_of_text": train.tokenizer.end_of_text, "train_samples": train.num_samples}
     facts |= {"tokens_of_sides": sides, "tokens_per_sample": round(sum(sides))}
@@ -86,13 +87,6 @@ def figure_names(config: SummarizeConfig, facts: dict[str, Any]) -> list[str]:
 def generated_figures(config: SummarizeConfig, facts: dict[str, Any], model: nn.Module, samples: Any) -> dict[str, Any]:
     """Write the summaries of a split and compare them with its own."""
     return writing.figures(config, facts, model, samples) if config.model.backbone == "seq2seq" else {}
-
-
-def learning_rate_scales(config: SummarizeConfig, model: nn.Module) -> dict[str, float]:
-    """Let lower layers of an encoder learn more slowly (`model.layer_decay`)."""
-    if config.model.backbone != "encoder" or config.model.layer_decay == 1:
-        return {}
-    return encoder_scales(config.model.layer_decay, [name for name, _ in model.named_parameters()])
 
 
 def flops_per_sample(config: SummarizeConfig, facts: dict[str, Any]) -> float:

@@ -14,8 +14,9 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
+from bigbatch.recipes.core.metrics import BOOTSTRAP_SAMPLES, CONFIDENCE, bootstrap_intervals
+
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-CONFIDENCE, BOOTSTRAP_SAMPLES = 0.95, 1000
 
 
 class Words(Tokenizer):
@@ -74,17 +75,16 @@ def told(named: dict[str, list[np.ndarray]], thorough: bool) -> dict[str, Any]:
     }
     if thorough:
         values = np.array(named[""])
-        details = {"intervals": intervals(values, BOOTSTRAP_SAMPLES), "confidence": CONFIDENCE}
+        details = {"intervals": intervals(values), "confidence": CONFIDENCE}
         found |= {"num_documents": len(values), "details": details}
     return found
 
 
-def intervals(values: np.ndarray, num_samples: int, seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(values: np.ndarray, num_samples: int = BOOTSTRAP_SAMPLES) -> dict[str, tuple[float, float]]:
     """Return percentile bootstrap intervals of the means of figures [N, KINDS], over resampled documents."""
-    generator, count = np.random.default_rng(seed), len(values)
-    means = np.stack([values[generator.integers(count, size=count)].mean(0) for _ in range(num_samples)])
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return {kind: (float(low[i]), float(high[i])) for i, kind in enumerate(KINDS)}
+    return bootstrap_intervals(
+        len(values), lambda rows: dict(zip(KINDS, values[rows].mean(0).tolist(), strict=True)), num_samples
+    )
 
 
 def _grams(words: list[str], n: int) -> Counter[tuple[str, ...]]:

@@ -3,20 +3,19 @@
 W windows of at most S sentences, each sentence [CLS] its tokens [SEP], lie in R rows of T tokens.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 
 from bigbatch.recipes.core.data.examples import Examples
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import lay_out
 from bigbatch.recipes.core.data.sampler import Order
 from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.token_dropout import drop_tokens
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.summarize.config import SPECIAL_TOKENS, DocumentDataSection
-from bigbatch.recipes.summarize.data import drop_tokens
 
 
 class DocumentSamples:
@@ -79,7 +78,7 @@ class DocumentSamples:
         section = self.data
         content = [self.documents.fingerprint, section.sequence_length, section.window_sentences, section.packing]
         content += [self.token_dropout, self.seed if self.token_dropout else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(content)
 
 
 def cut_document(lengths: np.ndarray, data: DocumentDataSection) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from bigbatch.recipes.core.beam_search import Search, beam_search
@@ -17,6 +16,7 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignSeq2Seq, Session
 from bigbatch.recipes.core.models.config import Seq2SeqSection
 from bigbatch.recipes.core.models.seq2seq import hugging_face_config, hugging_face_tensors
+from bigbatch.recipes.core.operations import operations_of_sides
 from bigbatch.recipes.core.recipe import Batch, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start_seq2seq import Seq2SeqStart, build_seq2seq, find_seq2seq_start
 from bigbatch.recipes.core.start_seq2seq import starting_facts as seq2seq_facts
@@ -81,16 +81,8 @@ def figures(config: SummarizeConfig, facts: dict[str, Any], model: nn.Module, sa
 
 
 def flops_per_sample(config: SummarizeConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations for each weight that a token meets (arXiv 2001.08361, section 2.1).
-
-    Tokens of the document meet the encoder's, and the attention's that reads them; of the summary the others.
-    """
-    with torch.device("meta"):
-        model = build(config, facts, initialize=False)
-    weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    of_source = sum(count for name, count in weights.items() if name.startswith("encoder.") or ".kv." in name)
-    source, target = facts["tokens_of_sides"]
-    return 6.0 * (of_source * source + (sum(weights.values()) - of_source) * target)
+    """Count the operations of the weights that tokens meet."""
+    return operations_of_sides(lambda: build(config, facts, initialize=False), *facts["tokens_of_sides"])
 
 
 def samples_of_text(config: SummarizeConfig, model: Any, facts: dict[str, Any]) -> list[dict[str, str]]:

@@ -4,13 +4,9 @@ The samples of all recordings lie in one table of the folder, in the order they 
 B utterances of S samples at the most, L units of text.
 """
 
-import hashlib
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +22,7 @@ from bigbatch.recipes.core.data.examples import (
     record_batches,
     write_split,
 )
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.rows import shown
 from bigbatch.recipes.core.data.sampler import Order, random_words
 from bigbatch.recipes.core.data.sources import SourceFile
@@ -37,16 +34,14 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.transcribe.audio import read_recordings, resampled
 from bigbatch.recipes.transcribe.config import AudioDataSection, AugmentSection, TranscribeConfig
 
 RECORDINGS = "recordings"  # the table of all samples
-NOT_CONTENT: set[str] = set()
 SAMPLES_AT_ONCE = 2**24
 PIECES, AUGMENT = range(2)  # streams of random numbers
 
@@ -76,19 +71,12 @@ class RecordingRow(NamedTuple):
 
 def prepare(data: AudioDataSection) -> Path:
     """Make the prepared folder of these settings and sources, or find it, and say on standard error what is in it."""
-    folder = prepare_splits(data, NOT_CONTENT, partial(_build, data=data))
-    facts, lines = read_examples(folder).facts, []
-    for split, (count, seconds) in facts["sizes"].items():
-        lines.append(f"{split}: {count:,} recordings, {seconds / 3600:.2f} hours")
-    lines.append(f"alphabet of {len(facts['alphabet'])}: {shown(' '.join(facts['alphabet']))}")
-    lines += tell_left_out(facts, data, "recordings that are")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    folder = prepare_splits(data, _build)
+    sizes, alphabet = (read_examples(folder).facts[name] for name in ("sizes", "alphabet"))
+    held = [f"{split}: {count:,} recordings, {seconds / 3600:.2f} hours" for split, (count, seconds) in sizes.items()]
+    held.append(f"alphabet of {len(alphabet)}: {shown(' '.join(alphabet))}")
+    tell_prepared(folder, data, held, "recordings that are")
     return folder
-
-
-def prepared(data: AudioDataSection) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, NOT_CONTENT)
 
 
 def open_split(folder: Path, split: str, config: TranscribeConfig) -> "SpeechSamples | None":
@@ -202,7 +190,7 @@ class SpeechSamples:
         content = [self.examples.fingerprint, self.recordings.fingerprint, self.alphabet, self.kept.tolist()]
         content += [data.concatenate and data.concatenate.model_dump(), self.augment.model_dump()]
         content += [self.seed if augmented or data.concatenate else 0]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(content)
 
 
 def _stretches(count: int, longest: int, size: int, generator: np.random.Generator) -> np.ndarray:

@@ -12,9 +12,10 @@ import soundfile
 import torch
 from torch import nn
 
-from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, shown_counts
+from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits, shown_counts
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignSpeech, Session
+from bigbatch.recipes.core.metrics import CONFIDENCE, bootstrap_intervals
 from bigbatch.recipes.core.models.hugging_face import conversion_record, load_own, own_export
 from bigbatch.recipes.core.models.speech import SpeechModel, count_operations, ctc_loss
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
@@ -29,7 +30,6 @@ INPUTS = ("samples", "lengths", "time_masks", "band_masks")
 MODEL_FACTS = ("alphabet", "prepared")
 """What is of the model though no weight: the recordings that a language model is counted of, too."""
 WEIGHTS = "weights_folder"
-BOOTSTRAP_SAMPLES, CONFIDENCE = 1000, 0.95
 GENERATED_AT_ONCE = 8
 
 
@@ -45,7 +45,7 @@ def prepare(config: TranscribeConfig) -> Path:
 
 def open_data(config: TranscribeConfig) -> DataSplits:
     """Map the prepared recordings into memory."""
-    folder = data.prepared(config.data)
+    folder = prepared_splits(config.data)
     train, validation, test = (data.open_split(folder, split, config) for split in SPLITS)
     assert train is not None  # prepare refuses data without training recordings
     facts = {
@@ -127,12 +127,8 @@ def figures(
 
 def _intervals(words: np.ndarray, characters: np.ndarray) -> dict[str, Any]:
     """Return percentiles of the error rates over resampled utterances."""
-    generator, count = np.random.default_rng(0), len(words)
-    drawn = [generator.integers(0, count, count) for _ in range(BOOTSTRAP_SAMPLES)]
-    rates = [error_rates(words[rows], characters[rows]) for rows in drawn]
-    ends = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
-    intervals = {name: np.percentile([rate[name] for rate in rates], ends).tolist() for name in rates[0]}
-    return {"utterances": count, "intervals": intervals, "confidence": CONFIDENCE}
+    intervals = bootstrap_intervals(len(words), lambda rows: error_rates(words[rows], characters[rows]))
+    return {"utterances": len(words), "intervals": intervals, "confidence": CONFIDENCE}
 
 
 def error_rates(words: np.ndarray, characters: np.ndarray) -> dict[str, float]:

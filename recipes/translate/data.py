@@ -4,13 +4,9 @@ A sample of the training split is a row of several pairs, one of another split, 
 S tokens of the sources lie in each of B rows, and T tokens of the targets.
 """
 
-import hashlib
 import json
-import math
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +14,10 @@ import numpy as np
 import pyarrow
 from tokenizers.processors import TemplateProcessing
 
-from bigbatch.recipes.core.config import TokenizerSection
 from bigbatch.recipes.core.data.examples import ORIGIN, Built, Examples, read_examples, record_batches, write_split
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.packing import first_fit_pairs
-from bigbatch.recipes.core.data.rows import as_text, read_rows, shown
+from bigbatch.recipes.core.data.rows import as_number, as_text, read_rows, shown
 from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
 from bigbatch.recipes.core.data.sources import SourceFile
@@ -33,10 +29,8 @@ from bigbatch.recipes.core.data.splits import (
     cut_splits,
     leave_out,
     prepare_splits,
-    prepared_splits,
     shown_counts,
-    split_tokenizer,
-    tell_left_out,
+    tell_prepared,
 )
 from bigbatch.recipes.core.data.tokenizing import (
     SETTINGS_FILE,
@@ -73,10 +67,7 @@ class PairRow(NamedTuple):
     """0 where pairs have none."""
     origin: str
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Rows are not of several kinds."""
-        return ()
+    labels = ()  # rows are not of several kinds
 
 
 def prepare(data: PairDataSection, tokenizer_folder: Path | None = None) -> Path:
@@ -84,15 +75,9 @@ def prepare(data: PairDataSection, tokenizer_folder: Path | None = None) -> Path
 
     The tokenizer is that of a folder, or is made as the settings say.
     """
-    section = split_tokenizer(data, tokenizer_folder)
-    folder = prepare_splits(data, set(), partial(_build, data=data, section=section), tokenizer_folder)
-    _tell(folder, data)
+    folder = prepare_splits(data, _build, tokenizer_folder)
+    tell_prepared(folder, data, _held(folder, data), "texts that stand")
     return folder
-
-
-def prepared(data: PairDataSection, tokenizer_folder: Path | None = None) -> Path:
-    """Return the folder that `prepare` made last for these settings; the sources may be gone by now."""
-    return prepared_splits(data, set(), tokenizer_folder)
 
 
 class PairSamples:
@@ -116,7 +101,7 @@ class PairSamples:
         self.begins = np.searchsorted(rows, np.arange(rows[-1] + 2))  # of each sample's pairs
         self.num_samples = len(self.begins) - 1
         content = [self.examples.fingerprint, self.row_tokens, begin_of_target, seed if is_packed else 0]
-        self.fingerprint = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the samples as `collate` does; with scores also scores [B] float64."""
@@ -179,7 +164,7 @@ def _lay_out(
 # ---------------------------------------------------------------------------------------------------------- prepare
 
 
-def _build(folder: Path, files: dict[str, list[SourceFile]], data: PairDataSection, section: TokenizerSection) -> Built:
+def _build(folder: Path, files: dict[str, list[SourceFile]], data: PairDataSection) -> Built:
     counts: Counter[str] = Counter()
     rows = {split: list(_read(data, found, counts)) for split, found in files.items()}
     rows = cut_splits(data, rows)
@@ -187,8 +172,8 @@ def _build(folder: Path, files: dict[str, list[SourceFile]], data: PairDataSecti
     if not rows[TRAIN]:
         raise UserError("data.train", f"no pair is left to train on ({shown_counts(counts)})")
     texts = (text for row in rows[TRAIN] for text in (row.text, row.target))
-    tokenizer = make_tokenizer(section, texts, folder, knows_all=False)
-    if tokenizer.begin_of_text is None and section.kind != "pretrained":
+    tokenizer = make_tokenizer(data.tokenizer, texts, folder, knows_all=False)
+    if tokenizer.begin_of_text is None and data.tokenizer.kind != "pretrained":
         tokenizer = _with_an_end(tokenizer, folder)
     encoded = {split: list(_encode(found, tokenizer, data, counts)) for split, found in rows.items()}
     left = {split: [row for row, *_ in items] for split, items in encoded.items()}
@@ -231,19 +216,10 @@ def _read(data: PairDataSection, files: list[SourceFile], counts: Counter[str]) 
         score = row.values[data.score_column] if data.score_column else 0.0
         if not source or not target:
             leave_out(data, counts, "empty", row.origin, f"has an empty {names[int(bool(source))]!r}")
-        elif (number := _number(score)) is None:
+        elif (number := as_number(score)) is None:
             leave_out(data, counts, "bad_score", row.origin, f"has the score {shown(score)}; right is a number")
         else:
             yield PairRow(source, target, number, row.origin)
-
-
-def _number(value: Any) -> float | None:
-    """Return the number that a score is, or spells."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _encode(
@@ -268,9 +244,9 @@ def _record(item: tuple[PairRow, np.ndarray, np.ndarray]) -> tuple[Any, ...]:
     return row.text, row.target, source, target, row.score, row.origin
 
 
-def _tell(folder: Path, data: PairDataSection) -> None:
-    """Say what a prepared folder holds and what it does not."""
-    manifest, lines = read_examples(folder), []
+def _held(folder: Path, data: PairDataSection) -> Iterator[str]:
+    """Yield what a prepared folder holds, a line each."""
+    manifest = read_examples(folder)
     for split in (split for split in SPLITS if split in manifest.splits):
         samples = PairSamples(folder, split, data, 0)
         source, target = samples.lengths.mean(0)
@@ -278,6 +254,4 @@ def _tell(folder: Path, data: PairDataSection) -> None:
         if samples.row_tokens:
             filled = samples.lengths.sum() / (2 * samples.num_samples * samples.row_tokens)
             line += f", in {samples.num_samples:,} rows of {samples.row_tokens} and as many, {filled:.1%} full"
-        lines.append(line)
-    lines += tell_left_out(manifest.facts, data, "texts that stand")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        yield line

@@ -12,13 +12,14 @@ from torch import nn
 
 from bigbatch.recipes.core.data.examples import Examples, read_examples
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
-from bigbatch.recipes.core.data.splits import SPLITS
+from bigbatch.recipes.core.data.splits import SPLITS, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignSeq2Seq, Session
 from bigbatch.recipes.core.models.config import Seq2SeqSection
 from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
 from bigbatch.recipes.core.models.seq2seq import hugging_face_config, hugging_face_tensors
+from bigbatch.recipes.core.operations import operations_of_sides
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start_seq2seq import Seq2SeqStart, build_seq2seq, find_seq2seq_start, starting_facts
 from bigbatch.recipes.translate import data
@@ -42,7 +43,7 @@ def prepare(config: TranslateConfig) -> Path:
 def open_data(config: TranslateConfig) -> DataSplits:
     """Map the prepared pairs into memory."""
     start = _start(config)
-    folder = data.prepared(config.data, start.tokenizer if start else None)
+    folder = prepared_splits(config.data, start.tokenizer if start else None)
     facts = starting_facts(config.model, folder, start)
     begin = facts["begin_of_target"]
     train = data.PairSamples(folder, "train", config.data, begin, config.seed)
@@ -121,16 +122,9 @@ def generated_figures(
 
 
 def flops_per_sample(config: TranslateConfig, facts: dict[str, Any]) -> float:
-    """Count 6 operations for each weight that a token meets (arXiv 2001.08361, section 2.1).
-
-    Tokens of the source meet the encoder's, and the attention's that reads them; of the target the others.
-    """
-    with torch.device("meta"):
-        model = build_model(config, facts, initialize=False)
-    weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    of_source = sum(count for name, count in weights.items() if "encoder." in name or ".kv." in name)
-    of_target = sum(weights.values()) - of_source  # the tied table once, where it makes logits
-    return 6.0 * (of_source * facts["source_tokens_per_sample"] + of_target * facts["target_tokens_per_sample"])
+    """Count the operations of the weights that tokens meet."""
+    sides = (facts[f"{side}_tokens_per_sample"] for side in ("source", "target"))
+    return operations_of_sides(lambda: build_model(config, facts, initialize=False), *sides)
 
 
 def samples_of_text(config: TranslateConfig, model: Any, facts: dict[str, Any]) -> list[dict[str, str]]:

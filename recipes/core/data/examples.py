@@ -4,7 +4,6 @@ prepared_dir/<content id>/ holds an Arrow file a split, the tokenizer's files an
 place and renamed, so that it is whole or not there.
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -17,7 +16,7 @@ import xxhash
 
 from bigbatch.recipes.core.config import Section
 from bigbatch.recipes.core.data.folders import VERIFIED_BYTES, bundled, is_latest, latest, locked, point_to
-from bigbatch.recipes.core.data.identity import short_hash
+from bigbatch.recipes.core.data.identity import fingerprint_of, short_hash
 from bigbatch.recipes.core.data.manifest import (
     MANIFEST_FILE,
     Source,
@@ -107,7 +106,7 @@ class Examples:
         self.num_rows = manifest.splits[split].num_rows
         others = [manifest.files[name].content_hash for name in sorted(names) if not name.endswith(SUFFIX)]
         content = "\n".join([manifest.splits[split].content_hash, *others])
-        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
         # Zero-copy: the arrays hold on to the mapped file.
         self.table = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / (split + SUFFIX)))).read_all()
         self._starts = np.cumsum([0] + [len(chunk) for chunk in self.table.column(0).chunks])

@@ -10,6 +10,7 @@ import pydantic
 import xxhash
 
 from bigbatch.recipes.core.config import Section
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
@@ -71,7 +72,7 @@ class Manifest(Section):
         """Change with any token, wherever the folder and its sources lie."""
         parts = [self.tokenizer_fingerprint, self.dtype]
         parts += [f"{name} {shard.tokens_hash}" for name, split in self.splits.items() for shard in split.shards]
-        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+        return fingerprint_of("\n".join(parts))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -7,6 +7,7 @@ import codecs
 import csv
 import gzip
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -132,6 +133,21 @@ def as_text(value: Any, origin: str, column: str) -> str:
     if not isinstance(value, str):
         raise UserError(origin, f"{column!r} is {shown(value)}, not a text")
     return value
+
+
+def text_of(row: Row, column: str) -> str:
+    """Return the same of a row, where half of a surrogate pair, which UTF-8 has not, is another character."""
+    found = as_text(row.values[column], row.origin, column)
+    return found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def as_number(value: Any) -> float | None:
+    """Return the finite number that a value is, or spells; else None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def shown(value: Any) -> str:

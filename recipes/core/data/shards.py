@@ -1,12 +1,12 @@
 """Samples cut from a prepared token stream. B samples, T tokens each."""
 
-import hashlib
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from bigbatch.recipes.core.data import tokenizing
+from bigbatch.recipes.core.data.identity import fingerprint_of
 from bigbatch.recipes.core.data.manifest import TOKENS_SUFFIX, Manifest, check_sizes, read_manifest
 from bigbatch.recipes.core.errors import UserError
 
@@ -89,7 +89,7 @@ class TokenSamples:
         self.num_samples = (tokens - 1) // sequence_length
         self.data_fingerprint = stream.fingerprint
         content = f"{stream.fingerprint} {split} {sequence_length} {packing}"
-        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(content)
 
     def batch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return tokens and labels [B, T] int64 of these samples; they are the same in every epoch."""

@@ -1,7 +1,8 @@
 """Rows in three splits: what falls to which, which texts stand in two, and the files and tokenizer they come from."""
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import xxhash
 
 from bigbatch.recipes.core.config import TokenizerSection
-from bigbatch.recipes.core.data.examples import Built, Request, latest_examples, prepare_examples
+from bigbatch.recipes.core.data.examples import Built, Request, latest_examples, prepare_examples, read_examples
 from bigbatch.recipes.core.data.sources import SourceFile, list_files, shared_file
 from bigbatch.recipes.core.data.tokenizing import fingerprint, given_tokenizer_file
 from bigbatch.recipes.core.errors import UserError
@@ -131,59 +132,54 @@ def check_splits(data: SplitSources, rows: dict[str, list[Any]], counts: dict[st
 
 def prepare_splits(
     data: SplitSources,
-    not_content: set[str],
-    build: Callable[[Path, dict[str, list[SourceFile]]], Built],
+    build: Callable[[Path, dict[str, list[SourceFile]], Any], Built],
     tokenizer_folder: Path | None = None,
     further_hashes: tuple[str, ...] = (),
 ) -> Path:
-    """Make the prepared folder of these settings and sources by `build(folder, files by split)`, or find it.
+    """Make the prepared folder of these settings and sources by `build(folder, files by split, settings)`, or find it.
 
-    `not_content` names the settings that change nothing in the folder. Where the section has a tokenizer, it is that of
-    a folder, or is made as the settings say.
-
+    With `tokenizer_folder` the settings that `build` gets have the tokenizer there instead of their own.
     `further_hashes` stand for what else goes into the folder.
     """
-    hashes = tokenizer_hashes(data, tokenizer_folder) if hasattr(data, "tokenizer") else ()
-    files = list_split_files(data)
-    request = Request(_content(data, not_content, tokenizer_folder), files, hashes + further_hashes)
-    return prepare_examples(Path(data.prepared_dir), request, lambda folder: build(folder, request.files))
+    data = _with_tokenizer(data, tokenizer_folder)
+    hashes = _tokenizer_hashes(data.tokenizer) if hasattr(data, "tokenizer") else ()
+    request = Request(_content(data), list_split_files(data), hashes + further_hashes)
+    return prepare_examples(Path(data.prepared_dir), request, lambda folder: build(folder, request.files, data))
 
 
-def prepared_splits(data: SplitSources, not_content: set[str], tokenizer_folder: Path | None = None) -> Path:
+def prepared_splits(data: SplitSources, tokenizer_folder: Path | None = None) -> Path:
     """Return the folder that `prepare_splits` made last for these settings; the sources may be gone by now."""
-    return latest_examples(Path(data.prepared_dir), _content(data, not_content, tokenizer_folder))
+    return latest_examples(Path(data.prepared_dir), _content(_with_tokenizer(data, tokenizer_folder)))
 
 
-def _content(data: SplitSources, not_content: set[str], tokenizer_folder: Path | None) -> dict[str, Any]:
-    settings = data.model_dump(mode="json", exclude={"prepared_dir", *not_content})
-    if hasattr(data, "tokenizer"):
-        settings["tokenizer"] = split_tokenizer(data, tokenizer_folder).model_dump(mode="json")
-    return settings
+def _content(data: SplitSources) -> dict[str, Any]:
+    return data.model_dump(mode="json", exclude={"prepared_dir", *data.not_content})
 
 
-def tell_left_out(facts: dict[str, Any], data: SplitSources, leaked: str) -> list[str]:
-    """Return the lines that say what a prepared folder does not hold, of the facts `counts` and `leaks`.
+def _with_tokenizer(data: SplitSources, folder: Path | None) -> SplitSources:
+    """Return the settings with the tokenizer of the folder of a model to start from."""
+    given = {"tokenizer": TokenizerSection(kind="pretrained", path=str(folder))} if folder else {}
+    return data.model_copy(update=given)
 
-    Of the counts, `read` is what there was. `leaked` says what stands in two splits, as "texts that stand".
+
+def _tokenizer_hashes(section: TokenizerSection) -> tuple[str, ...]:
+    """Return what stands for a tokenizer that is brought along."""
+    return (fingerprint(given_tokenizer_file(section)),) if section.kind == "pretrained" else ()
+
+
+def tell_prepared(folder: Path, data: SplitSources, held: Iterable[str], leaked: str) -> None:
+    """Say on standard error what a prepared folder holds, in given lines, and what it does not.
+
+    That is in the facts `counts`, of which `read` is what there was, and `leaks`. `leaked` says what stands in two
+    splits, as "texts that stand".
     """
-    lines = []
+    facts, lines = read_examples(folder).facts, list(held)
     if left_out := {name: count for name, count in facts["counts"].items() if count and name != "read"}:
         lines.append(f"left out: {shown_counts(left_out)}")
     if leaks := {split: count for split, count in facts["leaks"].items() if count}:
         treated = "left out" if data.on_leak == "drop" else "kept (data.on_leak)"
         lines.append(f"{leaked} in an earlier split too: {shown_counts(leaks)}; {treated}")
-    return lines
-
-
-def split_tokenizer(data: SplitSources, folder: Path | None) -> TokenizerSection:
-    """Return the settings' tokenizer, or that of the folder of a model to start from."""
-    return TokenizerSection(kind="pretrained", path=str(folder)) if folder else data.tokenizer
-
-
-def tokenizer_hashes(data: SplitSources, folder: Path | None) -> tuple[str, ...]:
-    """Return what stands for a tokenizer that is brought along."""
-    section = split_tokenizer(data, folder)
-    return (fingerprint(given_tokenizer_file(section)),) if section.kind == "pretrained" else ()
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def list_split_files(data: SplitSources) -> dict[str, list[SourceFile]]:

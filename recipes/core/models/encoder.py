@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, K targets a row, D hidden size, H heads, E size of a h
 Longer than other files: the layers, the heads of pretraining, and how transformers names their weights.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,16 @@ from bigbatch.recipes.core.layers import (
 from bigbatch.recipes.core.layout import mark, split
 from bigbatch.recipes.core.loss import chunked_cross_entropy
 from bigbatch.recipes.core.models.config import EncoderSection, padded_vocabulary
-from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_pieces, read_json, to_hugging_face
+from bigbatch.recipes.core.models.hugging_face import (
+    Piece,
+    WeightFolder,
+    label_tables,
+    load_pieces,
+    read_json,
+    to_hugging_face,
+)
 from bigbatch.recipes.core.parallel import ALONE, Axis
+from bigbatch.recipes.core.recipe import HuggingFaceExport
 from bigbatch.recipes.core.sequence_parallel import counted_once, first_token, own_tokens, to_heads, to_tokens
 from bigbatch.recipes.core.tensor_parallel import (
     copy_in,
@@ -394,6 +403,28 @@ def pooler_tensors(section: EncoderSection, prefix: str = "") -> dict[str, list[
     """Return the same for a `Pooler` whose parameters' names begin with `prefix`."""
     theirs, size = "bert.pooler.dense", section.hidden_size
     return {f"{prefix}dense.{kind}": [Piece(f"{theirs}.{kind}", 0, size)] for kind in ("weight", "bias")}
+
+
+def encoder_export(
+    facts: dict[str, Any],
+    kind: str,
+    head: str,
+    num_outputs: int,
+    labels: Sequence[str] = (),
+    has_pooler: bool = False,
+    prefix: str = "",
+) -> HuggingFaceExport:
+    """Describe an encoder with a head as transformers' Bert<kind>, where the head is called `head`.
+
+    `facts` are those of the model; `prefix` begins the names of our encoder and pooler.
+    """
+    section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]
+    tensors = encoder_tensors(section, size, f"{prefix}encoder.")
+    tensors |= pooler_tensors(section, f"{prefix}pooler.") if has_pooler else {}
+    tensors |= {f"head.{part}": [Piece(f"{head}.{part}", 0, num_outputs)] for part in ("weight", "bias")}
+    settings = hugging_face_config(section, size, f"Bert{kind}")
+    settings |= dict(zip(("id2label", "label2id"), label_tables(list(labels)), strict=True)) if labels else {}
+    return HuggingFaceExport(settings, tensors, auto_class=f"AutoModel{kind}")
 
 
 def hugging_face_state(model: MaskedLanguageModel) -> dict[str, torch.Tensor]:

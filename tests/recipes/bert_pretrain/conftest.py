@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_documents import five_steps
 
 NOUNS = ("engine", "river", "lamp", "teacher", "window", "garden", "letter", "machine", "road", "number")
 VERBS = ("carries", "follows", "finds", "leaves", "paints", "counts", "opens", "remembers")
@@ -34,8 +35,7 @@ def make_document(made_documents: list[str]) -> Callable[..., dict[str, Any]]:
     def make(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
         text = folder / "text.jsonl"
         text.write_text("".join(json.dumps({"text": text}) + "\n" for text in made_documents))
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "bert_pretrain",
             "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 40, "dropout": 0.0},
             "data": {
@@ -47,14 +47,8 @@ def make_document(made_documents: list[str]) -> Callable[..., dict[str, Any]]:
                 "prepared_dir": str(folder / "prepared"),
             },
             "batch": {"global_size": 8, "micro_size": 2},
-            "precision": {"dtype": "fp32"},
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

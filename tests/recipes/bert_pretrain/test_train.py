@@ -4,23 +4,20 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/bert_pretrain.json anew; say in the 
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, first, losses, plain_steps, rows
 
 from bigbatch.recipes.bert_pretrain import recipe
 from bigbatch.recipes.bert_pretrain.config import BertPretrainConfig
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
-from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.models.encoder import load_encoder
 from bigbatch.tools.convert import convert
 
-STEPS, GLOBAL_SIZE, SEED, LEARNING_RATE = 5, 8, 3, 1e-2
 FORMS = {"bert": {}, "pre_rotary": {"norm": "pre", "positions": "rotary"}}
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
 RESUMED = (("dropout", 1, 1), ("dropout", 2, 3), ("next_sentence", 2, 2))
 PAIR_PLANS = ((1, 0), (1, 1), (2, 2), (2, 3))
 
@@ -29,37 +26,20 @@ PAIR_PLANS = ((1, 0), (1, 1), (2, 2), (2, 3))
 def trained(run_program, make_document, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("bert")
-    plans = []
+    plans = Plans(out)
     sample = {"prompts": ["The old [MASK] finds a [MASK]."], "candidates": 2}
     for form, shape in FORMS.items():
-        (out / f"{form}.json").write_text(json.dumps(make_document(out, model=shape, sample=sample)))
-        plans += [(form, ranks, stage, None) for ranks in RANKS for stage in STAGES]
+        plans.add(form, make_document(out, model=shape, sample=sample), *EVERY_PLAN)
     lamb = make_document(out, optimizer={"name": "lamb", "betas": [0.9, 0.999], "epsilon": 1e-6})
-    (out / "lamb.json").write_text(json.dumps(lamb))
-    plans += [("lamb", 1, 1, None), ("lamb", 2, 2, None)]
+    plans.add("lamb", lamb, (1, 1, None), (2, 2, None))
     order = make_document(out, sample=sample) | {"sentence_task": "sentence_order"}
-    (out / "order.json").write_text(json.dumps(order))
-    plans += [("order", *plan, None) for plan in PAIR_PLANS]
+    plans.add("order", order, *((*plan, None) for plan in PAIR_PLANS))
     dropped = make_document(out, model={"dropout": 0.1}, masking={"whole_words": True})
     documents = {"dropout": dropped, "next_sentence": dropped | {"sentence_task": "next_sentence"}}
     for name, ranks, stage in RESUMED:
-        for run_name, stop_step in ((name, 2), (f"{name}_whole", None)):
-            (out / f"{run_name}.json").write_text(json.dumps(documents[name]))
-            plans.append((run_name, ranks, stage, stop_step))
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def rows(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
-    found = rows(out / f"{name}_{ranks}_{stage}", "train")
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in found]
+        plans.add(name, documents[name], (ranks, stage, 2))
+        plans.add(f"{name}_whole", documents[name], (ranks, stage, None))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +96,7 @@ def test_the_report_shows_masks_filled_in_alike_under_every_plan(trained):
 
 def test_transformers_own_model_takes_the_same_steps(trained, golden):
     """Train BertForMaskedLM from the same first weights on the same masks, each document kept apart by its mask."""
-    config = BertPretrainConfig.model_validate_json((trained / "bert_1_0" / "run.json").read_text())
-    data = recipe.open_data(config)
-    torch.manual_seed(SEED)
-    model = recipe.build_model(config, data.facts)
+    config, data, model = first(trained / "bert_1_0")
     export = recipe.hugging_face(config, data.facts)
     theirs = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**export.config))
     parameters = dict(model.named_parameters())
@@ -129,30 +106,21 @@ def test_transformers_own_model_takes_the_same_steps(trained, golden):
         for piece in pieces
     }
     theirs.load_state_dict(state, strict=False)
-    groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95))
-    found = []
-    for step in range(STEPS):
-        order = sample_order(SEED, data.train.num_samples, step * GLOBAL_SIZE, GLOBAL_SIZE)
+
+    def losses_of(order):
         batch = {name: torch.from_numpy(array) for name, array in data.train.batch(*order).items()}
         apart = batch["documents"].unsqueeze(1) == batch["documents"].unsqueeze(2)
         labels = torch.full_like(batch["tokens"], -100)
         counts = batch["labels"] != -100
         labels[counts.nonzero()[:, 0], batch["targets"][counts]] = batch["labels"][counts]
-        loss = theirs(
+        yield theirs(
             input_ids=batch["tokens"],
             attention_mask=apart.unsqueeze(1),
             position_ids=batch["positions"],
             labels=labels,
         ).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
+
+    found = plain_steps(theirs, config, data, losses_of)
     assert found == pytest.approx(golden["bert"], rel=1e-4)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_documents import five_steps
 
 THEMES = {
     "garden": ("rose", "hedge", "lawn", "seed", "spade", "apple"),
@@ -56,8 +57,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
     def make(folder: Path, backbone: str = "encoder", **changes: dict[str, Any]) -> dict[str, Any]:
         table = folder / "rows.jsonl"
         table.write_text("".join(json.dumps(row) + "\n" for row in make_rows(160)))
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "classify",
             "model": BACKBONES[backbone],
             "data": {
@@ -68,15 +68,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
                 "sequence_length": 24,
                 "prepared_dir": str(folder / "prepared"),
             },
-            "batch": {"global_size": 16, "micro_size": 4},
-            "precision": {"dtype": "fp32"},
-            "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

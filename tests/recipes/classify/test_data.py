@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from bigbatch.recipes.classify.config import LabeledDataSection
-from bigbatch.recipes.classify.data import LabeledRow, collate, open_split, prepare, prepared
+from bigbatch.recipes.classify.data import LabeledRow, collate, open_split, prepare
 from bigbatch.recipes.core.data.examples import read_examples
-from bigbatch.recipes.core.data.splits import assign_splits
+from bigbatch.recipes.core.data.splits import assign_splits, prepared_splits
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 
@@ -79,7 +79,7 @@ def row(text, label="x"):
 def test_what_is_prepared_is_the_rows_their_labels_and_their_tokens(section):
     data = section(validation=[row("bread and butter", "y")])
     folder = prepare(data)
-    assert prepared(data) == folder
+    assert prepared_splits(data) == folder
     samples = open_split(folder, "train", data, packing=True)
     ids = np.arange(len(ROWS))
     assert samples.texts(ids) == [row["text"] for row in ROWS]
@@ -101,7 +101,7 @@ def test_a_tokenizer_knows_the_training_texts_alone_or_is_the_one_given(section,
     assert tokens[0] == tokenizer.unknown
     other = prepare(section(sequence_length=9), folder)
     assert (other / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    assert prepared(section(), folder) == other
+    assert prepared_splits(section(), folder) == other
     assert prepare(section()) != other
 
 

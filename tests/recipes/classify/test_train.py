@@ -10,17 +10,28 @@ import pytest
 import torch
 import transformers
 from sklearn.metrics import accuracy_score, f1_score
-from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
+from trained_runs import (
+    EVERY_PLAN,
+    RANKS,
+    STAGES,
+    STEPS,
+    Plans,
+    as_transformers,
+    first,
+    losses,
+    opened,
+    plain_steps,
+    rows,
+    single_samples,
+)
 
 from bigbatch.recipes.classify import recipe
-from bigbatch.recipes.classify.config import ClassifyConfig
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
-from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.tools.convert import convert
 
-GLOBAL_SIZE, SEED, LEARNING_RATE = 16, 3, 5e-3
+GLOBAL_SIZE, SEED = 16, 3
 BACKBONES = ("encoder", "attention", "rnn")
 
 
@@ -78,38 +89,16 @@ def test_padded_texts_train_as_packed_ones_do(trained):
 
 def test_transformers_own_model_takes_the_same_steps(trained, golden):
     """Train BertForSequenceClassification from the same first weights on the same texts, one at a time."""
-    config = ClassifyConfig.model_validate_json((trained / "encoder_1_0" / "run.json").read_text())
-    data = recipe.open_data(config)
-    torch.manual_seed(SEED)
-    model = recipe.build_model(config, data.facts)
-    export = recipe.hugging_face(config, data.facts)
-    theirs = transformers.AutoModelForSequenceClassification.from_config(
-        transformers.AutoConfig.for_model(**export.config)
-    )
-    parameters = dict(model.named_parameters())
-    pieces = [(piece, parameters[name].detach()) for name, found in export.tensors.items() for piece in found]
-    missing = theirs.load_state_dict({piece.name: p[piece.start : piece.stop].clone() for piece, p in pieces}, False)
-    assert not missing.missing_keys
-    assert not missing.unexpected_keys
-    groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95))
-    found = []
-    for step in range(STEPS):
-        order = sample_order(SEED, data.train.num_samples, step * GLOBAL_SIZE, GLOBAL_SIZE)
-        total = 0.0
-        for number in range(GLOBAL_SIZE):
-            batch = data.train.batch(order.ids[number : number + 1], order.epochs[number : number + 1])
-            text = torch.from_numpy(batch["tokens"][:, : batch["lengths"][0]])
-            loss = theirs(input_ids=text, labels=torch.from_numpy(batch["labels"])).loss / GLOBAL_SIZE
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(total)
+    config, data, model = first(trained / "encoder_1_0")
+    build = transformers.AutoModelForSequenceClassification.from_config
+    theirs = as_transformers(config, data, model, build)
+
+    def losses_of(order):
+        for batch in single_samples(data, order):
+            text = batch["tokens"][:, : batch["lengths"][0]]
+            yield theirs(input_ids=text, labels=batch["labels"]).loss / GLOBAL_SIZE
+
+    found = plain_steps(theirs, config, data, losses_of)
     assert found == pytest.approx(golden["encoder"], rel=1e-4)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_documents import five_steps
 
 LABELS = ("low", "middle", "top")
 
@@ -27,8 +28,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
     def make(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
         images, labels = make_images(150)
         np.savez(folder / "spots.npz", image=images, label=np.array(LABELS)[labels])
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "classify_images",
             "model": {"patch_size": 4, "num_layers": 2, "hidden_size": 32, "num_heads": 4},
             "data": {
@@ -38,15 +38,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
                 "channels": "grey",
                 "prepared_dir": str(folder / "prepared"),
             },
-            "batch": {"global_size": 16, "micro_size": 4},
-            "precision": {"dtype": "fp32"},
-            "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

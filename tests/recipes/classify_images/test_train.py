@@ -11,17 +11,15 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, first, losses, opened, plain_steps, rows
 
 from bigbatch.recipes.classify_images import recipe
 from bigbatch.recipes.classify_images.config import ClassifyImagesConfig
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
-from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-GLOBAL_SIZE, SEED, LEARNING_RATE = 16, 3, 5e-3
 AUGMENT = {"flip": True, "least_area": 0.6, "random_operations": 2, "magnitude": 5, "mixup": 0.4}
 
 
@@ -65,27 +63,15 @@ def test_augmented_images_are_the_same_on_one_rank_and_on_two(trained, golden):
 
 
 def test_transformers_own_model_takes_the_same_steps(trained, golden):
-    config = ClassifyImagesConfig.model_validate_json((trained / "plain_1_0" / "run.json").read_text())
-    data = recipe.open_data(config)
-    torch.manual_seed(SEED)
-    model = recipe.build_model(config, data.facts)
+    config, data, model = first(trained / "plain_1_0")
     export = recipe.hugging_face(config, data.facts)
     theirs = _as_transformers(export, dict(model.named_parameters()), trained / "first")
-    groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95))
-    found = []
-    for step in range(STEPS):
-        order = sample_order(SEED, data.train.num_samples, step * GLOBAL_SIZE, GLOBAL_SIZE)
+
+    def losses_of(order):
         batch = {name: torch.from_numpy(array) for name, array in data.train.batch(*order).items()}
-        loss = theirs(pixel_values=batch["pixels"], labels=batch["labels"]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
+        yield theirs(pixel_values=batch["pixels"], labels=batch["labels"]).loss
+
+    found = plain_steps(theirs, config, data, losses_of)
     assert found == pytest.approx(golden["plain"], rel=1e-4)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_documents import five_steps
 
 THINGS = {"bread": "two euros", "milk": "one euro", "tea": "nine euros", "rice": "four euros", "salt": "a euro"}
 DAYS = ("today", "on Monday", "at noon")
@@ -40,8 +41,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
         source = folder / "dialogues.jsonl"
         source.write_text(as_lines(make_dialogues(150)))
         shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 96}
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "dialogue",
             "model": {"family": "llama", **shape},
             "data": {
@@ -52,15 +52,9 @@ def make_document() -> Callable[..., dict[str, Any]]:
                 "prepared_dir": str(folder / "prepared"),
             },
             "batch": {"global_size": 8, "micro_size": 2},
-            "precision": {"dtype": "fp32"},
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
             "sample": {"prompts": ["How much is the tea today?"], "max_new_tokens": 24, "temperature": 0.0},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

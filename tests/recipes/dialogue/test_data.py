@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from bigbatch.recipes.core.data.chat import Chat, install_template, open_chat
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL
+from bigbatch.recipes.core.data.splits import prepared_splits
 from bigbatch.recipes.core.data.tokenizing import TokenizerSection, make_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.dialogue.config import DialogueDataSection
-from bigbatch.recipes.dialogue.data import open_split, prepare, prepared, replies_of, windows_of
+from bigbatch.recipes.dialogue.data import open_split, prepare, replies_of, windows_of
 
 REAL = Path(os.environ.get("BIGBATCH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 SHOP = [
@@ -50,7 +51,7 @@ def chat(tmp_path_factory) -> Chat:
 def test_the_labels_are_the_replies_and_what_ends_them_alone(tmp_path, template):
     section = section_of(tmp_path, [SHOP], template=template)
     folder = prepare(section)
-    assert prepared(section) == folder
+    assert prepared_splits(section) == folder
     samples, tokenizer = open_split(folder, "train", section), open_chat(folder).tokenizer
     batch = samples.batch(np.array([0]), np.array([0]))
     (labels,) = batch["labels"]
@@ -78,7 +79,7 @@ def test_rows_hold_whole_dialogues_that_do_not_see_each_other(tmp_path):
             assert batch["labels"][row, np.flatnonzero(own)[-1]] == IGNORED_LABEL  # never the next dialogue's token
     firsts, ends = (np.concatenate(examples.lists(name, np.arange(40))) for name in ("firsts", "ends"))
     assert (batch["labels"] != IGNORED_LABEL).sum() == (ends - firsts).sum()
-    alone = open_split(prepared(section), "train", section.model_copy(update={"packing": False}))
+    alone = open_split(prepared_splits(section), "train", section.model_copy(update={"packing": False}))
     assert alone.num_samples == 40
     assert alone.fingerprint != samples.fingerprint
 

@@ -12,12 +12,11 @@ import pytest
 import sacrebleu
 import torch
 import transformers
-from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, rows
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, plain_steps, rows
 
 from bigbatch.launcher.preflight import check_run, has_errors
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
-from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.dialogue import recipe
 from bigbatch.recipes.dialogue.config import DialogueConfig
@@ -26,7 +25,7 @@ from bigbatch.recipes.dialogue.scores import distinct, most_similar_replies, rep
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-GLOBAL_SIZE, SEED, LEARNING_RATE = 8, 3, 1e-2
+SEED = 3
 TEA = [{"role": "user", "content": "How much is the tea on Monday?"}]
 
 
@@ -114,23 +113,14 @@ def test_transformers_own_model_takes_the_same_steps_on_single_dialogues(trained
     }
     theirs.load_state_dict(state, strict=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(data.facts["tokenizer"])
-    groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95))
-    found = []
-    for step in range(STEPS):
-        order = sample_order(SEED, data.train.num_samples, step * GLOBAL_SIZE, GLOBAL_SIZE)
+
+    def losses_of(order):
         windows = np.array([window for sample in order.ids for window in data.train.rows[sample]])
         dialogues = map(json.loads, data.train.examples.texts("messages", windows))
         sums, counts = zip(*(reply_losses(theirs, tokenizer, messages) for messages in dialogues), strict=True)
-        loss = sum(sums) / sum(counts)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
+        yield sum(sums) / sum(counts)
+
+    found = plain_steps(theirs, config, data, losses_of)
     assert found == pytest.approx(golden, rel=1e-4)
     assert golden[0] == pytest.approx(math.log(data.facts["vocabulary_size"]), abs=0.1)
 

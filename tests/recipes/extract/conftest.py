@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_documents import five_steps
 
 PEOPLE, PLACES = ("Ada", "Bo Lin", "Cyd", "Émile", "Fay Roe"), ("Bern", "New Ulm", "Oslo", "Lima")
 VERBS = {"lives in": "Home(e1,e2)", "left": "Other", "is the birthplace of": "Birth(e2,e1)"}
@@ -55,8 +56,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
         source = folder / "sentences.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in make_sentences(160)))
         kind = "wordpiece" if backbone == "encoder" else "word"
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "extract",
             "model": MODELS[backbone] | ({"position_size": 4} if (task, backbone) == ("relations", "words") else {}),
             "data": {
@@ -68,16 +68,9 @@ def make_document() -> Callable[..., dict[str, Any]]:
                 "prepared_dir": str(folder / "prepared"),
                 **({"text_column": "marked"} if task == "relations" else {}),
             },
-            "batch": {"global_size": 16, "micro_size": 4},
-            "precision": {"dtype": "fp32"},
             # Of a weight whose gradient is next to nothing Adam takes the sign, which the order of a sum may decide.
             "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.1, "epsilon": 1e-4},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

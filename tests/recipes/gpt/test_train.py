@@ -3,7 +3,6 @@
 BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/gpt.json anew; say in the change why the losses are other ones.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,12 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses
 
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.sampler import sample_order
 
-STEPS, GLOBAL_SIZE, SEQUENCE_LENGTH, POSITIONS, SEED = 5, 8, 32, 40, 3
+GLOBAL_SIZE, SEQUENCE_LENGTH, POSITIONS, SEED = 8, 32, 40, 3
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIPPING = 1e-2, (0.9, 0.95), 1e-8, 0.1, 1.0
 END_OF_TEXT = "<|endoftext|>"
 SHAPES = {
@@ -33,7 +33,6 @@ SHAPES = {
         "rope_theta": 500.0,
     },
 }
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
 FOLDER_PLANS = ((1, 1), (2, 3))  # ranks and ZeRO stage for runs that start from a folder
 
 
@@ -108,27 +107,16 @@ def trained(run_program, made_documents, write_documents, tmp_path_factory):
     """Train every document under all its plans in one start; return the folder that holds the runs."""
     out = tmp_path_factory.mktemp("gpt")
     text = write_documents(out / "text.jsonl", made_documents)
-    plans = []
+    plans = Plans(out)
     for family, shape in SHAPES.items():
-        (out / f"{family}.json").write_text(json.dumps(run_document(shape, text, {"kind": "character"})))
-        plans += [(family, ranks, stage, None) for ranks in RANKS for stage in STAGES]
+        plans.add(family, run_document(shape, text, {"kind": "character"}), *EVERY_PLAN)
         folder = out / f"{family}_folder"
         save_model(shape, save_tokenizer(made_documents, folder), folder)
         started = run_document(
             shape | {"initialize_from": str(folder)}, text, {"kind": "pretrained", "path": str(folder)}
         )
-        (out / f"{family}_started.json").write_text(json.dumps(started))
-        plans += [(f"{family}_started", ranks, stage, None) for ranks, stage in FOLDER_PLANS]
-    (out / "plans.json").write_text(json.dumps(plans))
-    run_program("train_documents.py", out)
-    return out
-
-
-def losses(out: Path, name: str, ranks: int, stage: int) -> list[float]:
-    lines = (out / f"{name}_{ranks}_{stage}" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    return [row["loss"] for row in rows]
+        plans.add(f"{family}_started", started, *((*plan, None) for plan in FOLDER_PLANS))
+    return plans.train(run_program)
 
 
 @pytest.fixture(scope="module")

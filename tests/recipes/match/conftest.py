@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_documents import five_steps
 
 THINGS = ("rose", "hedge", "lawn", "spade", "oven", "kettle", "desk", "printer", "chair", "knife")
 LOOKS = ("green", "blue", "old", "Crème", "loud", "cold", "red", "two-fold")
@@ -54,8 +55,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
     """Give a function that writes pairs into a folder and returns a run document of a tiny bi-encoder on them."""
 
     def make(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "match",
             "model": {"encoder": SHAPE},
             "data": {
@@ -67,15 +67,8 @@ def make_document() -> Callable[..., dict[str, Any]]:
                 "prepared_dir": str(folder / "prepared"),
             },
             "batch": {"global_size": 4, "micro_size": 1},
-            "precision": {"dtype": "fp32"},
-            "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make
 

@@ -6,13 +6,26 @@ BIGBATCH_WRITE_GOLDEN=1 writes tests/golden/match.json anew; say in the change w
 import io
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from scipy import stats
-from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
+from trained_runs import (
+    EVERY_PLAN,
+    RANKS,
+    STAGES,
+    STEPS,
+    Plans,
+    as_transformers,
+    first,
+    losses,
+    opened,
+    plain_steps,
+    rows,
+)
 
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.data.examples import Examples
@@ -25,7 +38,7 @@ from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 from bigbatch.tools.search import main as search
 
-GROUPS, SEED, LEARNING_RATE, TEMPERATURE = 4, 3, 5e-3, 0.05
+GROUPS, SEED, TEMPERATURE = 4, 3, 0.05
 FEW = ((1, 0), (2, 3))
 
 
@@ -75,29 +88,14 @@ def test_a_cross_encoder_that_knows_nothing_gives_even_chances(golden):
 
 def test_transformers_own_model_takes_the_same_steps(trained, golden):
     """Train BertModel from the same first weights on the same groups, with the loss written out a pair at a time."""
-    config = MatchConfig.model_validate_json((trained / "bi_1_0" / "run.json").read_text())
-    data = recipe.open_data(config)
-    torch.manual_seed(SEED)
-    model = recipe.build_model(config, data.facts)
-    export = recipe.hugging_face(config, data.facts)
-    theirs = transformers.BertModel(transformers.AutoConfig.for_model(**export.config), add_pooling_layer=False)
-    parameters = dict(model.named_parameters())
-    pieces = [(piece, parameters[name].detach()) for name, found in export.tensors.items() for piece in found]
-    theirs.load_state_dict({piece.name: p[piece.start : piece.stop].clone() for piece, p in pieces})
-    groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95))
+    config, data, model = first(trained / "bi_1_0")
+    theirs = as_transformers(config, data, model, partial(transformers.BertModel, add_pooling_layer=False))
 
     def vector(text):
         mean = theirs(input_ids=torch.from_numpy(text.astype(np.int64))[None]).last_hidden_state[0].mean(0)
         return mean / mean.norm()
 
-    found = []
-    for step in range(STEPS):
-        order = sample_order(SEED, data.train.num_samples, step * GROUPS, GROUPS)
-        total = 0.0
+    def losses_of(order):
         for sample, epoch in zip(order.ids.tolist(), order.epochs.tolist(), strict=True):
             start = epoch * data.train.num_pairs + sample * 4
             pairs = sample_order(SEED, data.train.num_pairs, start, 4).ids
@@ -107,13 +105,9 @@ def test_transformers_own_model_takes_the_same_steps(trained, golden):
             ]
             cosines = torch.stack([torch.stack([a @ b for b in sides[1]]) for a in sides[0]]) / TEMPERATURE
             both = (torch.log_softmax(cosines, 1).diag() + torch.log_softmax(cosines, 0).diag()) / 2
-            loss = -both.sum() / (4 * GROUPS)
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(total)
+            yield -both.sum() / (4 * GROUPS)
+
+    found = plain_steps(theirs, config, data, losses_of)
     assert found == pytest.approx(golden["bi"], rel=1e-4)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_documents import five_steps
 
 NOUNS = ("engine", "river", "lamp", "teacher", "window", "garden", "letter", "machine", "road", "number")
 VERBS = ("carries", "follows", "finds", "leaves", "paints", "counts", "opens", "remembers")
@@ -43,8 +44,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
     def make(folder: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
         for split, count, seed in (("train", 200, 2), ("test", 30, 3)):
             (folder / f"{split}.txt").write_text(make_text(count, seed))
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "next_word",
             "model": MODELS[name],
             "data": {
@@ -58,14 +58,8 @@ def make_document() -> Callable[..., dict[str, Any]]:
             }
             | ({} if name == "ngram" else {"context_length": 6}),
             "batch": {"global_size": 8, "micro_size": 2},
-            "precision": {"dtype": "fp32"},
             "optimizer": {"learning_rate": 0.02, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

@@ -11,17 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened
+from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, first, losses, opened, plain_steps
 
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
-from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.next_word import recipe
-from bigbatch.recipes.next_word.config import NextWordConfig
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-GLOBAL_SIZE, SEED, LEARNING_RATE = 8, 3, 0.02
 MODELS = ("lstm", "gru", "ngram")
 
 
@@ -79,30 +76,18 @@ class Reference(nn.Module):
 
 @pytest.mark.parametrize(("model", "cell", "widths"), [("lstm", nn.LSTM, [16, 24, 16]), ("gru", nn.GRU, [16, 16])])
 def test_a_network_of_pytorchs_own_layers_takes_the_same_steps(trained, golden, model, cell, widths):
-    config = NextWordConfig.model_validate_json((trained / f"{model}_1_0" / "run.json").read_text())
-    data = recipe.open_data(config)
-    torch.manual_seed(SEED)
-    ours = recipe.build_model(config, data.facts)
+    config, data, ours = first(trained / f"{model}_1_0")
     theirs = Reference(cell, widths, data.facts["vocabulary_size"])
     renamed = {
         name.replace("embed.words", "words").replace("head.bias", "bias"): p for name, p in ours.named_parameters()
     }
     theirs.load_state_dict(renamed)
-    groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95))
-    found = []
-    for step in range(STEPS):
-        order = sample_order(SEED, data.train.num_samples, step * GLOBAL_SIZE, GLOBAL_SIZE)
-        batch = {name: torch.from_numpy(array) for name, array in data.train.batch(order.ids, order.epochs).items()}
-        loss = nn.functional.cross_entropy(theirs(batch["tokens"]).flatten(0, 1), batch["labels"].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        found.append(loss.item())
+
+    def losses_of(order):
+        batch = {name: torch.from_numpy(array) for name, array in data.train.batch(*order).items()}
+        yield nn.functional.cross_entropy(theirs(batch["tokens"]).flatten(0, 1), batch["labels"].flatten())
+
+    found = plain_steps(theirs, config, data, losses_of)
     assert found == pytest.approx(golden[model], rel=1e-4)
 
 

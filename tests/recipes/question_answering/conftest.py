@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_documents import five_steps
 
 THINGS = ("rose", "hedge", "lawn", "spade", "oven", "kettle", "desk", "printer", "chair", "knife")
 LOOKS = ("dark green", "blue", "old", "Crème", "very loud", "cold and wet", "red", "two-fold")
@@ -51,8 +52,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
         source = folder / "questions.json"
         source.write_text(json.dumps(make_squad(60)))
         shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 32, "dropout": 0.0}
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "question_answering",
             "model": {"encoder": shape},
             "data": {
@@ -64,15 +64,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
                 "stride_tokens": 8,
                 "prepared_dir": str(folder / "prepared"),
             },
-            "batch": {"global_size": 16, "micro_size": 4},
-            "precision": {"dtype": "fp32"},
-            "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

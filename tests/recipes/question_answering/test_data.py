@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch.recipes.core.data.examples import read_examples
+from bigbatch.recipes.core.data.splits import prepared_splits
 from bigbatch.recipes.core.data.tokenizing import Placed
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.question_answering.config import QuestionDataSection
@@ -19,7 +20,6 @@ from bigbatch.recipes.question_answering.data import (
     cut_contexts,
     open_split,
     prepare,
-    prepared,
     spans_of,
     token_span,
 )
@@ -68,7 +68,7 @@ def answers_of(samples: QuestionSamples) -> list[tuple[str, str | None]]:
 def test_answers_of_every_form_come_out_of_their_tokens_again(tmp_path, capsys):
     section = section_of(tmp_path, sequence_length=64)
     folder = prepare(section)
-    assert prepared(section) == folder
+    assert prepared_splits(section) == folder
     assert answers_of(open_split(folder, "train", section)) == [
         ("Where is the government?", "Bern"),
         ("What is larger?", "Zürich"),

@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, losses, opened, rows
+from trained_runs import (
+    EVERY_PLAN,
+    RANKS,
+    STAGES,
+    STEPS,
+    Plans,
+    as_transformers,
+    first,
+    losses,
+    opened,
+    plain_steps,
+    rows,
+    single_samples,
+)
 
 from bigbatch.recipes.core import checkpoint
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
@@ -19,12 +32,11 @@ from bigbatch.recipes.core.data.sampler import sample_order
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.recipes.question_answering import recipe
-from bigbatch.recipes.question_answering.config import QuestionAnsweringConfig
 from bigbatch.recipes.question_answering.scores import word_f1
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
 
-GLOBAL_SIZE, SEED, LEARNING_RATE = 16, 3, 5e-3
+GLOBAL_SIZE, SEED = 16, 3
 
 
 @pytest.fixture(scope="module")
@@ -67,42 +79,21 @@ def test_a_model_that_knows_nothing_has_the_loss_of_equal_chances_for_all_tokens
 
 def test_transformers_own_model_takes_the_same_steps(trained, golden):
     """Train BertForQuestionAnswering from the same first weights on the same windows, one at a time."""
-    config = QuestionAnsweringConfig.model_validate_json((trained / "plain_1_0" / "run.json").read_text())
-    data = recipe.open_data(config)
-    torch.manual_seed(SEED)
-    model = recipe.build_model(config, data.facts)
-    export = recipe.hugging_face(config, data.facts)
-    theirs = transformers.BertForQuestionAnswering(transformers.AutoConfig.for_model(**export.config))
-    parameters = dict(model.named_parameters())
-    pieces = [(piece, parameters[name].detach()) for name, found in export.tensors.items() for piece in found]
-    missing = theirs.load_state_dict({piece.name: p[piece.start : piece.stop].clone() for piece, p in pieces}, False)
-    assert not missing.missing_keys
-    assert not missing.unexpected_keys
-    groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95))
-    found = []
-    for step in range(STEPS):
-        order = sample_order(SEED, data.train.num_samples, step * GLOBAL_SIZE, GLOBAL_SIZE)
-        total = 0.0
-        for number in range(GLOBAL_SIZE):
-            batch = data.train.batch(order.ids[number : number + 1], order.epochs[number : number + 1])
+    config, data, model = first(trained / "plain_1_0")
+    theirs = as_transformers(config, data, model, transformers.BertForQuestionAnswering)
+
+    def losses_of(order):
+        for batch in single_samples(data, order):
             length = batch["lengths"][0]
-            tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
             loss = theirs(
-                input_ids=tensors["tokens"][:, :length],
-                token_type_ids=tensors["segments"][:, :length],
-                start_positions=tensors["starts"],
-                end_positions=tensors["ends"],
+                input_ids=batch["tokens"][:, :length],
+                token_type_ids=batch["segments"][:, :length],
+                start_positions=batch["starts"],
+                end_positions=batch["ends"],
             ).loss
-            (loss / GLOBAL_SIZE).backward()
-            total += loss.item() / GLOBAL_SIZE
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(total)
+            yield loss / GLOBAL_SIZE
+
+    found = plain_steps(theirs, config, data, losses_of)
     assert found == pytest.approx(golden, rel=1e-4)
 
 

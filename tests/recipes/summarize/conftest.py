@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_documents import five_steps
 
 THINGS = ("rose", "hedge", "lawn", "spade", "oven", "kettle", "desk", "printer", "chair", "knife")
 LOOKS = ("green", "blue", "old", "Crème", "loud", "cold", "red", "two-fold")
@@ -39,8 +40,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
         source = folder / "documents.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in make_rows(120)))
         shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 48, "dropout": 0.0}
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "summarize",
             "model": {"backbone": "encoder", "encoder": shape},
             "data": {
@@ -52,15 +52,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
                 "prepared_dir": str(folder / "prepared"),
             },
             "summary": {"sentences": 1},
-            "batch": {"global_size": 16, "micro_size": 4},
-            "precision": {"dtype": "fp32"},
-            "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

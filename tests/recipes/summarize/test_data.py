@@ -13,9 +13,10 @@ from bigbatch.recipes.core.config import TableSource
 from bigbatch.recipes.core.data.examples import read_examples
 from bigbatch.recipes.core.data.rows import read_rows
 from bigbatch.recipes.core.data.sources import list_files
+from bigbatch.recipes.core.data.splits import prepared_splits, tell_prepared
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.summarize.config import DocumentDataSection
-from bigbatch.recipes.summarize.data import prepare, prepared, references_of, sentences_of
+from bigbatch.recipes.summarize.data import prepare, references_of, sentences_of
 from bigbatch.recipes.summarize.pairs import PairSamples
 from bigbatch.recipes.summarize.rouge import KINDS, Rouge
 from bigbatch.recipes.summarize.windows import DocumentSamples, cut_document
@@ -58,8 +59,8 @@ def test_a_summary_is_one_text_several_references_or_the_sentences_of_one():
 
 def test_windows_hold_the_tokens_of_their_sentences_and_what_is_right(tmp_path):
     data = section_of(tmp_path)
-    samples = DocumentSamples(prepare(data)[0], "train", data)
-    assert prepared(data) == next(path for path in (tmp_path / "prepared").iterdir() if path.is_dir())
+    samples = DocumentSamples(prepare(data), "train", data)
+    assert prepared_splits(data) == next(path for path in (tmp_path / "prepared").iterdir() if path.is_dir())
     batch = samples.batch(np.array([0, 1]), np.array([0, 0]))
     tokenizer = samples.tokenizer.tokenizer
     assert (batch["places"] >= 0).sum(1).tolist() == [3, 2]
@@ -92,7 +93,7 @@ def test_every_sentence_stands_in_one_window_and_windows_are_as_full_as_they_can
 
 def test_a_sentence_longer_than_a_window_is_cut_and_token_dropout_leaves_special_tokens(tmp_path):
     data = section_of(tmp_path, sequence_length=8)
-    folder, _ = prepare(data)
+    folder = prepare(data)
     assert "sentences are longer, and cut" in DocumentSamples(folder, "train", data).described()
     samples = DocumentSamples(folder, "train", data, token_dropout=0.9, seed=1)
     ids = np.arange(samples.num_samples)
@@ -116,16 +117,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_row_that_cannot_be_taken_is_told_by_its_line_or_counted(tmp_path, kind):
+def test_a_row_that_cannot_be_taken_is_told_by_its_line_or_counted(tmp_path, capsys, kind):
     row, message = BAD[kind]
     with pytest.raises(UserError) as error:
         prepare(section_of(tmp_path, [*ROWS, row]))
     assert error.value.where == f"{tmp_path / 'rows.jsonl'}:3"
     assert message in error.value.message
     assert "data.on_error 'skip' leaves such rows out" in error.value.message
-    folder, left_out = prepare(section_of(tmp_path, [*ROWS, row], on_error="skip"))
+    data = section_of(tmp_path, [*ROWS, row], on_error="skip")
+    folder = prepare(data)
     assert read_examples(folder).splits["train"].num_rows == 2
-    assert f"1 {kind}" in left_out[0]
+    tell_prepared(folder, data, (), "documents that stand")
+    assert f"left out: 1 {kind}" in capsys.readouterr().err
 
 
 def test_a_split_without_documents_is_refused(tmp_path):
@@ -136,7 +139,7 @@ def test_a_split_without_documents_is_refused(tmp_path):
 def test_pairs_are_a_document_cut_at_its_end_and_in_each_epoch_the_next_summary(tmp_path):
     rows = [*ROWS, {"document": "It is. " * 9, "summary": ["one here", "two of them there", "three"]}]
     data = section_of(tmp_path, rows, sequence_length=20, summary_tokens=5)
-    folder, _ = prepare(data)
+    folder = prepare(data)
     samples = PairSamples(folder, "train", data, begin_of_target=7)
     decode, end = samples.tokenizer.tokenizer.decode, samples.tokenizer.end_of_text
     said = []

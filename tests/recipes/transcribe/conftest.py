@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from tiny_documents import five_steps
 
 RATE = 4000
 HERTZ = {"a": 400.0, "b": 800.0, "c": 1500.0}
@@ -40,8 +41,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
     def make(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
         write_folder(folder / "letters", 90)
         convolution = {"channels": 4, "frames": 3, "frame_stride": 2, "band_stride": 2}
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "transcribe",
             "model": {"num_mels": 12, "convolutions": [convolution], "cell": "gru", "num_layers": 1, "hidden_size": 24},
             "data": {
@@ -50,15 +50,8 @@ def make_document() -> Callable[..., dict[str, Any]]:
                 "sample_rate": RATE,
                 "prepared_dir": str(folder / "prepared"),
             },
-            "batch": {"global_size": 16, "micro_size": 4},
-            "precision": {"dtype": "fp32"},
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

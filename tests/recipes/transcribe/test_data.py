@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 from bigbatch.recipes.core.data.sampler import Order
+from bigbatch.recipes.core.data.splits import prepared_splits
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.transcribe import data as speech
 from bigbatch.recipes.transcribe import recipe
@@ -208,10 +209,10 @@ def test_a_training_sample_depends_on_seed_id_and_epoch_alone_and_validation_on_
     assert whole["time_masks"].shape == (12, 2, 2)
     assert whole["band_masks"].shape == (12, 1, 2)
     assert not np.array_equal(samples.batch(ids, ids + 3)["lengths"], whole["lengths"])
-    other = speech.open_split(speech.prepared(config.data), "train", config.model_copy(update={"seed": 9}))
+    other = speech.open_split(prepared_splits(config.data), "train", config.model_copy(update={"seed": 9}))
     assert other.fingerprint != samples.fingerprint
     held = [
-        speech.open_split(speech.prepared(config.data), "validation", config.model_copy(update={"seed": seed}))
+        speech.open_split(prepared_splits(config.data), "validation", config.model_copy(update={"seed": seed}))
         for seed in (1, 2)
     ]
     first, second = (one.batch(ids, 0 * ids) for one in held)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_documents import five_steps
 
 from bigbatch.recipes.core.data.number_words import english, german
 
@@ -18,8 +19,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
         (folder / "numbers.de").write_text("".join(f"{german(number)}\n" for number in numbers))
         (folder / "numbers.en").write_text("".join(f"{english(number)}\n" for number in numbers))
         shape = {"num_encoder_layers": 2, "num_decoder_layers": 2, "hidden_size": 32, "num_heads": 4, "dropout": 0.0}
-        document: dict[str, Any] = {
-            "version": 1,
+        document = {
             "recipe": "translate",
             "model": {"shape": {**shape, "feed_forward_size": 64, "max_positions": 48, "initializer_range": 0.1}},
             "data": {
@@ -31,14 +31,7 @@ def make_document() -> Callable[..., dict[str, Any]]:
             },
             "search": {"num_beams": 3, "max_new_tokens": 20},
             "batch": {"global_size": 8, "micro_size": 4},
-            "precision": {"dtype": "fp32"},
-            "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.1},
-            "schedule": {"name": "constant", "total_steps": 5},
-            "report": {"every_steps": 1, "tensorboard": False},
-            "seed": 3,
         }
-        for section, settings in changes.items():
-            document[section] = {**document.get(section, {}), **settings}
-        return document
+        return five_steps(document, changes)
 
     return make

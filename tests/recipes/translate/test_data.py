@@ -8,6 +8,7 @@ import pytest
 
 from bigbatch.launcher.preflight import check_run
 from bigbatch.recipes.core.data.number_words import english, german
+from bigbatch.recipes.core.data.splits import prepared_splits
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.translate import data
 from bigbatch.recipes.translate.config import PairDataSection
@@ -41,7 +42,7 @@ def test_every_pair_stands_once_in_the_rows_and_is_read_back_from_them(tmp_path)
     batch = samples.batch(ids, np.zeros_like(ids))
     assert batch["tokens"].shape == batch["labels"].shape == (samples.num_samples, 64)
     assert samples.lengths.sum() > 0.9 * 2 * 64 * samples.num_samples
-    tokenizer = data.load_tokenizer(data.prepared(settings)).tokenizer
+    tokenizer = data.load_tokenizer(prepared_splits(settings)).tokenizer
     found = []
     for row in range(samples.num_samples):
         for number in range(batch["documents"][row].max() + 1):
