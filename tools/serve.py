@@ -24,6 +24,8 @@ environment, is needed, and is sent as Authorization: Bearer TOKEN. SIGTERM or C
 new, and ends with status 0. http://HOST:PORT/ is a page to try the model, /docs one about its API."""
 TOKEN_VARIABLE = "BIGBATCH_TOKEN"  # noqa: S105 - the name of a variable
 MIN_TOKEN_LENGTH = 16
+IDLE_SECONDS = 30
+"""For which a connection may ask nothing, or not tell what it asks for."""
 LIMITS = Limits()
 
 
@@ -79,16 +81,19 @@ def uvicorn_config(guard: Any, host: str, port: int, drain_seconds: float = 60.0
     """Return how uvicorn runs a server."""
     import uvicorn
 
+    from bigbatch.tools.serving.connections import ImpatientProtocol
+
     return uvicorn.Config(
         guard,
         host=host,
         port=port,
+        http=ImpatientProtocol,
         log_level="warning",
         ws="none",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
-        timeout_keep_alive=30,
+        timeout_keep_alive=IDLE_SECONDS,
         backlog=2048,
     )
 

@@ -346,9 +346,9 @@ def import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it serves inference_all_reduce alone
-    if deepspeed.get_accelerator().device_name() == "cpu":
-        # It refuses float16 where oneDNN has no kernels for it; core.precision does without them.
-        deepspeed.get_accelerator().is_fp16_supported = lambda: True
+    accelerator: Any = deepspeed.get_accelerator()
+    if accelerator.device_name() == "cpu":
+        accelerator.is_fp16_supported = lambda: True  # not by oneDNN on every CPU, but core.precision does without
     return deepspeed
 
 

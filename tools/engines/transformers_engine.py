@@ -33,7 +33,7 @@ def open_session(folder: Path, threads: int | None = None) -> "TransformersSessi
     if name == "BertModel":
         further["add_pooling_layer"] = False
     try:
-        model = kind.from_pretrained(
+        model: Any = kind.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **further
         )
     except OPENING_ERRORS as error:
@@ -42,7 +42,7 @@ def open_session(folder: Path, threads: int | None = None) -> "TransformersSessi
         model.hf_quantizer.compressor.decompress_model(model)
     if name.endswith("ForSequenceClassification") and model.config.pad_token_id is None:
         model.config.pad_token_id = settings.get("eos_token_id")  # a decoder classifies by its last token that is none
-    opened: Any = model.eval()
+    opened = model.eval()
     if torch.cuda.is_available() and not hasattr(model, "hf_device_map"):
         opened = opened.to("cuda")
     if opened.device.type == "cpu":

@@ -2,7 +2,7 @@
 
 import base64
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,7 +189,7 @@ def predict_router(served: Served, limits: Limits, telemetry: Telemetry) -> tupl
     return router, batcher, predict
 
 
-def check_is_json(scope: dict[str, Any]) -> None:
+def check_is_json(scope: MutableMapping[str, Any]) -> None:
     """Refuse a body of another kind, which a page elsewhere could send without asking."""
     kind = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if kind != "application/json":

@@ -4,6 +4,7 @@ import concurrent.futures
 import socket
 import threading
 import time
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -44,6 +45,29 @@ def test_without_the_token_only_pages_and_health_answer(serve, gate):
                 assert answer.status_code == 401
                 assert answer.json()["error"]["type"] == "authentication_error"
             assert [bare.get(path).status_code for path in ("/", "/docs", "/health")] == [200] * 3
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
+def test_a_connection_that_does_not_get_to_ask_is_closed_and_others_are_answered(serve, gate, monkeypatch, begun):
+    monkeypatch.setattr("bigbatch.tools.serve.IDLE_SECONDS", 1)
+    served, opened, _ = gate
+    opened.set()
+    with serve(served) as client:
+        address = urlsplit(client.url)
+        with socket.create_connection((address.hostname, address.port), timeout=20) as slow:
+            begin = time.monotonic()
+            closed = False
+            while not closed and time.monotonic() - begin < 10:
+                try:
+                    slow.sendall(begun[:1])
+                    begun = begun[1:]
+                    closed = slow.recv(1, socket.MSG_DONTWAIT) == b""
+                except BlockingIOError:
+                    time.sleep(0.05)
+                except ConnectionError:
+                    closed = True
+            assert closed
+        assert ask(client).status_code == 200
 
 
 def test_a_name_that_only_leads_to_this_machine_is_refused(serve, gate):
