@@ -1,4 +1,4 @@
-"""`bigbatch generate MODEL --prompt TEXT`: text to standard output as it comes, figures to standard error."""
+"""`bigbatch generate MODEL TEXT...`: text to standard output as it comes, figures to standard error."""
 
 import argparse
 import json
@@ -16,7 +16,9 @@ def main(argv: list[str]) -> int:
     """Run the verb `generate`."""
     arguments = _parser().parse_args(argv)
     loaded, text_model = open_model(arguments.model, arguments.dtype)
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt or [""]]
+    prompts = [
+        sys.stdin.read() if prompt == "-" else prompt for prompt in [*arguments.texts, *arguments.prompt] or [""]
+    ]
     run(loaded.model, text_model, prompts, sampling_of(arguments, loaded.document, text_model), arguments.json)
     return EXIT_DONE
 
@@ -187,7 +189,9 @@ def sampling_of(arguments: argparse.Namespace, document: dict[str, Any], text_mo
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bigbatch generate", description="Generate text with a model.")
     parser.add_argument("model", type=Path, metavar="MODEL", help="run folder, checkpoint or Hugging Face folder")
-    parser.add_argument("--prompt", action="append", help="text to go on with; - reads standard input; repeatable")
+    text = "text to go on with; - reads standard input"
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help=text)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the same; repeatable")
     add_sampling_flags(parser)
     parser.add_argument("--num-samples", type=_number(int, 1), default=1, help="continuations of each prompt (1)")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line")

@@ -43,6 +43,15 @@ def test_text_streams_to_standard_output_and_figures_to_standard_error(folder, c
     assert again == (0, shown.out)
 
 
+def test_a_text_may_stand_behind_the_model_as_for_predict(folder, capsys):
+    outputs = []
+    for arguments in (["ab", "cd"], ["--prompt", "ab", "--prompt", "cd"], ["ab", "--prompt", "cd"]):
+        assert main([str(folder), *arguments, "--max-new-tokens", "5"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert "\nab" in outputs[0] and "\ncd" in outputs[0]
+    assert len(set(outputs)) == 1
+
+
 def test_streamed_text_is_the_decoded_text_up_to_a_broken_last_character(folder, capsys):
     for seed in range(6):
         flags = [str(folder), "--prompt", "é", "--max-new-tokens", "20", "--temperature", "1.5", "--seed", str(seed)]

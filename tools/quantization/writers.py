@@ -122,7 +122,7 @@ def attach(model: nn.Module, method: Method, group_size: int | None, ignored: li
         ignore=ignored,
         quantization_status=quantization.QuantizationStatus.INITIALIZED,
     )
-    quantization.apply_quantization_config(model, config)
+    quantization.apply_quantization_config(model, config, show_progress=False)
     layers: list[Any] = [one for one in model.modules() if hasattr(one, "quantization_scheme")]
     for layer in layers:
         layer.weight_scale.data.copy_(_scales(layer.weight.detach(), linear.weights))
