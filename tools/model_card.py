@@ -222,7 +222,8 @@ def _notes(rungs: list[Rung]) -> list[str]:
 def _told(record: dict[str, Any]) -> str:
     """Return the plain values of a record."""
     plain = {key: value for key, value in record.items() if isinstance(value, (str, int, float, bool))}
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plain.items())
+    texts = {key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in plain.items()}
+    return ", ".join(f"{key.replace('_', ' ')} {text}" for key, text in texts.items())
 
 
 def _picture(title: str, unit: str, points: list[tuple[str, Measurement]], across: Any) -> str:
