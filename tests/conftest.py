@@ -105,7 +105,7 @@ def kept_golden() -> Callable[[str, Callable[[], Any]], Any]:
 def run_program() -> Callable[..., str]:
     """Give a function that runs one of the programs to its end and returns what it printed."""
 
-    def run(name: str, *arguments: object, timeout_seconds: float = 400.0, status: int = 0) -> str:
+    def run(name: str, *arguments: object, timeout_seconds: float = 1500.0, status: int = 0) -> str:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
         environment["MASTER_ADDR"] = "127.0.0.1"
         environment.pop("MASTER_PORT", None)

@@ -23,7 +23,7 @@ def import_everything() -> None:
     gc.freeze()  # DeepSpeed collects garbage often
 
 
-def run_forked(function: Callable[[], None], num_ranks: int, log: Path, timeout_seconds: float = 120.0) -> list[int]:
+def run_forked(function: Callable[[], None], num_ranks: int, log: Path, timeout_seconds: float = 400.0) -> list[int]:
     """Call `function` in this many children; return their exit statuses (negative: the signal that ended it).
 
     What rank r prints goes to `log` with .r before its suffix. Children that are late are killed.

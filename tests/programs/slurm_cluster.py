@@ -24,7 +24,7 @@ from pathlib import Path
 DAEMONS = ("munged", "slurmctld", "slurmd")
 ACCOUNTING_DAEMONS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 TOOLS = ("unshare", "setpriv", "hostname", "sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")
-WAIT_SECONDS = 90.0  # of a host that others load too; every wait ends as soon as its condition holds
+WAIT_SECONDS = 180.0  # of a host that others load too; every wait ends as soon as its condition holds
 CORES, MEMORY_MB, GPUS = 4, 4000, 2  # a node's; config_overrides has Slurm believe them
 
 SETTINGS = """\

@@ -132,7 +132,7 @@ def main(out: Path) -> int:
         if not goes_on:
             statuses += run_forked(partial(prepare_all, [out / case[0] for case in chosen]), 1, log)
         for num_ranks, group in groupby(chosen, num_ranks_of):
-            statuses += run_forked(partial(train_all, out, list(group)), num_ranks, log, timeout_seconds=300)
+            statuses += run_forked(partial(train_all, out, list(group)), num_ranks, log, timeout_seconds=900)
     if any(statuses):
         print(statuses, *(path.read_text() for path in out.glob("log.*.txt")))
     return int(any(statuses))
