@@ -64,13 +64,13 @@ class Training(NamedTuple):
         return "".join(path.read_text() for path in (self.run_dir / "log").glob("slurm-*.out"))
 
     def wait_for_step(self, step: int) -> None:
-        self.slurm.wait_for(lambda: self.step() >= step, f"step {step}", seconds=240)
+        self.slurm.wait_for(lambda: self.step() >= step, f"step {step}", seconds=600)
 
     def wait_for_end(self) -> None:
         def has_ended() -> bool:
             return self.slurm.state(self.job_id) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
-        self.slurm.wait_for(has_ended, f"the end of {self.run_dir.name}", seconds=300)
+        self.slurm.wait_for(has_ended, f"the end of {self.run_dir.name}", seconds=600)
         told = self.log() + "".join(path.read_text() for path in (self.run_dir / "log").glob("rank*.txt"))
         assert self.slurm.state(self.job_id) == "COMPLETED", told
         assert jobs.status([self.run_dir])[0].state == "completed"
