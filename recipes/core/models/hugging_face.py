@@ -11,7 +11,7 @@ from torch import nn
 
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layout import logical_shape, share_of
-from bigbatch.recipes.core.recipe import RECORD_FILE, HuggingFaceExport
+from bigbatch.recipes.core.recipe import OWN_TYPE, RECORD_FILE, HuggingFaceExport
 
 
 class Piece(NamedTuple):
@@ -130,10 +130,15 @@ def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
         raise UserError(where, f"tensor {name!r} holds {count:,} values that are infinite or no number")
 
 
-def own_export(recipe: str, model: nn.Module, processor: dict[str, Any] | None = None) -> HuggingFaceExport:
-    """Describe a model that transformers has no class for: its tensors have our names, and `load_own` reads them."""
-    config = {"model_type": f"bigbatch_{recipe}", "architectures": [type(model).__name__]}
-    return HuggingFaceExport(config, _own_table(model), auto_class="", processor=processor)
+def own_export(recipe: str, build: Callable[[], nn.Module], **further: Any) -> HuggingFaceExport:
+    """Describe a model that transformers has no class for: its tensors have our names, and `load_own` reads them.
+
+    `build` builds it without weights. All facts of the run go with it, so that `describe_folder` needs no other.
+    """
+    with torch.device("meta"):
+        model = build()
+    config = {"model_type": f"{OWN_TYPE}{recipe}", "architectures": [type(model).__name__]}
+    return HuggingFaceExport(config, _own_table(model), auto_class="", **further)
 
 
 def load_own(model: nn.Module, folder: Path) -> None:
