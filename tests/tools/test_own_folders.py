@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigbatch.launcher import cli
+from bigbatch.launcher.preflight import check_run
 from bigbatch.recipes.core import recipe as recipes
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.tools import convert as tool
@@ -191,3 +192,38 @@ def test_a_weight_that_changes_on_the_way_is_found(tiny_folder, tmp_path, monkey
     with pytest.raises(UserError, match="not written: logits differ from this project's own by"):
         convert(tiny_folder("summarize_layers")[0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["classify_mean", "entities_crf", "summarize_layers", "translate_quality"])
+def test_training_starts_from_the_folder_as_from_the_run(tiny_folder, kind, tmp_path):
+    run, folder = tiny_folder(kind)
+    document = json.loads((run / "run.json").read_text())
+    document["data"]["prepared_dir"] = str(tmp_path / "prepared")
+    del document["data"]["tokenizer"]
+    shape = "shape" if kind == "translate_quality" else "encoder"
+    document["model"] |= {shape: None} | ({"keep_head": True} if shape == "encoder" else {})
+    begun = []
+    for start in (run, folder):
+        document["model"]["initialize_from"] = str(start)
+        (tmp_path / "run.json").write_text(json.dumps(document))
+        found = check_run(str(tmp_path / "run.json"), [], 1, tmp_path / "runs")
+        assert not [one for one in found if one.severity == "error"]
+        recipe = recipes.find(document["recipe"])
+        config = recipes.read_config(document, "")
+        recipe.prepare(config)
+        torch.manual_seed(0)
+        facts = recipe.open_data(config).facts
+        begun.append(recipe.build_model(config, facts).state_dict())
+        shutil.rmtree(tmp_path / "prepared")
+    assert begun[0].keys() == begun[1].keys()
+    assert all(torch.equal(tensor, begun[1][name]) for name, tensor in begun[0].items())
+
+
+def test_a_folder_without_what_is_needed_is_no_start(tiny_folder, tmp_path):
+    for name, kind in (("match", "match_bi"), ("translate", "translate")):
+        document = json.loads((tiny_folder(kind)[0] / "run.json").read_text())
+        document["model"] |= {"shape" if name == "translate" else "encoder": None}
+        document["model"]["initialize_from"] = str(tiny_folder("classify_rnn")[1])
+        del document["data"]["tokenizer"]
+        with pytest.raises(UserError, match="is a model of the recipe 'classify', which has no encoder"):
+            recipes.find(name).prepare(recipes.read_config(document, ""))

@@ -150,6 +150,22 @@ def _own_table(model: nn.Module) -> dict[str, list[Piece]]:
     return {name: [Piece(name, 0, len(parameter))] for name, parameter in model.named_parameters()}
 
 
+class OwnFolder:
+    """A folder that `own_export` describes, to be read as a checkpoint is: by the model's names, in float32."""
+
+    def __init__(self, folder: Path) -> None:
+        """Find where each tensor lies; raise UserError if the folder has no readable weights."""
+        record = conversion_record(folder)
+        self.folder, self._weights = folder, WeightFolder(folder)
+        self.tensors = self._weights.files
+        facts = {**record.get("facts", {}), "tokenizer": str(folder.absolute())}
+        self.manifest: dict[str, Any] = {"run": record["run"], "facts": facts}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, float32."""
+        return self._weights.read(name).float()
+
+
 def label_tables(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
     """Return id2label and label2id as config.json has them."""
     return dict(enumerate(labels)), {label: index for index, label in enumerate(labels)}
