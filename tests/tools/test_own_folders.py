@@ -135,6 +135,8 @@ def test_search_finds_with_the_folder_of_a_bag_of_words_alone(tiny_folder, tmp_p
         assert capsys.readouterr().out == expected
         with pytest.raises(UserError, match="holds a model of the recipe 'match'; right is one of 'classify'"):
             open_model(folder, recipe_name="classify")
+        with pytest.raises(UserError, match="--documents: is missing: a model folder holds none"):
+            search([str(folder), "old oven"])
 
 
 def changed(folder, to, name, **settings):
