@@ -17,6 +17,7 @@ from bigbatch.recipes.core.models.config import (
     VisionSection,
     padded_vocabulary,
 )
+from bigbatch.recipes.core.recipe import RECORD_FILE, own_recipe
 
 ASSUMED_CHARACTERS, ASSUMED_WORDS = 256, 30_000  # how many different ones a text has is not known before it is read
 ASSUMED_LABELS = 20  # each hashed feature has a weight for every one
@@ -183,20 +184,15 @@ def look_at_start(path: Path, is_decoder: bool = False) -> Start:
     Or, where one is asked for, no decoder.
     """
     where, what = "model.initialize_from", "a decoder" if is_decoder else "an encoder"
-    checkpoints = sorted(path.glob("checkpoints/step_*/manifest.json"))
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and own_recipe(path) is None:
         config = _read_object(path / "config.json", where)
         family = config.get("model_type")
         lengths = (config.get("max_position_embeddings"), config.get("num_hidden_layers"))
         foreign = None if family == "bert" else str(family)
         return Start(_stored_parameters(path, where), *lengths, foreign, config.get("vocab_size"))
-    if not checkpoints and not (path / "manifest.json").is_file():
-        found = "holds no finished checkpoint" if path.is_dir() else "is not there"
-        advice = f"give a run or checkpoint of {what}, or a folder that transformers has saved"
-        raise UserError(where, f"{path} {found}; {advice}")
-    manifest = _read_object(checkpoints[-1] if checkpoints else path / "manifest.json", where)
+    manifest = _manifest(path, where, what)
     tensors, facts, run = (manifest.get(key) or {} for key in ("tensors", "facts", "run"))
-    has_encoder = any(name.startswith(("encoder.", "backbone.encoder.")) for name in tensors)
+    has_encoder = any(name.startswith(("encoder.", "backbone.encoder.", "model.encoder.")) for name in tensors)
     if not ("family" in run.get("model", {}) if is_decoder else has_encoder):
         raise UserError(
             where, f"{path} is a model of the recipe {run.get('recipe')!r}, which has no {what.rsplit(maxsplit=1)[-1]}"
@@ -207,20 +203,39 @@ def look_at_start(path: Path, is_decoder: bool = False) -> Start:
     return Start(parameters, *lengths, None, facts.get("vocabulary_size"))
 
 
+def _manifest(path: Path, where: str, what: str) -> dict[str, Any]:
+    """Return what a run, a checkpoint or a folder of this project's own says of its model."""
+    if own_recipe(path) is not None:
+        return {**_read_object(path / RECORD_FILE, where), "tensors": _stored_tensors(path, where)}
+    checkpoints = sorted(path.glob("checkpoints/step_*/manifest.json"))
+    if not checkpoints and not (path / "manifest.json").is_file():
+        found = "holds no finished checkpoint" if path.is_dir() else "is not there"
+        advice = f"give a run or checkpoint of {what}, or a folder that transformers has saved"
+        raise UserError(where, f"{path} {found}; {advice}")
+    return _read_object(checkpoints[-1] if checkpoints else path / "manifest.json", where)
+
+
 def _stored_parameters(folder: Path, where: str) -> int:
     """Add up what the heads of the safetensors files say."""
-    total = 0
+    total = sum(math.prod(tensor["shape"]) for tensor in _stored_tensors(folder, where).values())
+    if not total:
+        raise UserError(where, f"{folder} holds no weights in safetensors files")
+    return total
+
+
+def _stored_tensors(folder: Path, where: str) -> dict[str, Any]:
+    """Return what the heads of the safetensors files say of each tensor."""
+    found: dict[str, Any] = {}
     for path in folder.glob("*.safetensors"):
         try:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 head = json.loads(file.read(min(size, path.stat().st_size)))
-            total += sum(math.prod(tensor["shape"]) for name, tensor in head.items() if name != "__metadata__")
+            shapes = {name: tensor["shape"] for name, tensor in head.items() if name != "__metadata__"}
+            found |= {name: {"shape": [int(size) for size in shape]} for name, shape in shapes.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(where, f"{path} is no safetensors file") from None
-    if not total:
-        raise UserError(where, f"{folder} holds no weights in safetensors files")
-    return total
+    return found
 
 
 def _read_object(path: Path, where: str) -> dict[str, Any]:

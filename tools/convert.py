@@ -27,9 +27,9 @@ from bigbatch.recipes.core.arguments import Parser
 from bigbatch.recipes.core.checkpoint import MANIFEST, MASTER, Reader, fill, open_checkpoint
 from bigbatch.recipes.core.errors import EXIT_DONE, UserError, as_user_error
 from bigbatch.recipes.core.lazy_weights import read_lazily
-from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, load_own, piece_shape
+from bigbatch.recipes.core.models.hugging_face import Piece, WeightFolder, piece_shape
 from bigbatch.recipes.core.precision import DTYPES
-from bigbatch.recipes.core.recipe import RECORD_FILE
+from bigbatch.recipes.core.recipe import RECORD_FILE, WEIGHTS
 from bigbatch.recipes.core.run_home import enter_home
 from bigbatch.recipes.core.tensor_file import Entry, sync_folder, write_json, write_tensors
 
@@ -44,6 +44,8 @@ TRANSFORMERS, OWN = "transformers' own", "this project's own"
 NAMES = {"tokens": "input_ids", "written": "decoder_input_ids", "segments": "token_type_ids", "pixels": "pixel_values"}
 # In memory they name their layers otherwise than in files, or make tensors themselves.
 WHOLE = ("AutoModelForImageClassification", "AutoModelForSeq2SeqLM")
+MEASURES = ("samples", "tokens", "pieces", "labels")
+"""Inputs of models by whose size it is told how much they were compared on, the first that there is."""
 PARITY_SAMPLES = 2
 PARITY_TOKENS = 128  # of each; the logits of a large vocabulary would take more memory than all else
 
@@ -115,12 +117,12 @@ def convert(
         partial = scratch / "made"
         partial.mkdir()
         auto_class = write_model(partial, reader, recipe, config, dtype, sizes)
-        text = text or _real_text(recipe, config)
+        text = text or _real_text(recipe, config, is_whole=not auto_class)
         parity = compare(partial, reader, recipe, config, text, DTYPES[dtype], auto_class)
         if not parity.largest_difference <= parity.bound:
             raise UserError(
                 str(out),
-                f"not written: logits differ from transformers' own by {parity.largest_difference:.3g}, "
+                f"not written: logits differ from {parity.model} by {parity.largest_difference:.3g}, "
                 f"at most {parity.bound:.3g} would be right",
             )
         _write_card(partial, reader, config, parity, dtype)
@@ -218,16 +220,29 @@ def _compare_own(
 ) -> Parity:
     """Compare the folder's model and the checkpoint's where transformers has no such class; the model is small."""
     facts = reader.manifest["facts"]
-    written, ours = (recipe.build_model(config, facts, initialize=False).eval() for _ in range(2))
-    load_own(written, folder)
+    written = recipes.build_described(recipe, config, {**facts, WEIGHTS: str(folder)}).eval()
+    ours = recipe.build_model(config, facts, initialize=False).eval()
     fill(reader, ours)
-    inputs = {name: torch.from_numpy(array) for name, array in text.items()}
+    batch = {name: torch.from_numpy(array) for name, array in text.items()}
     with torch.inference_mode():
         for parameter in ours.parameters():
             parameter.copy_(parameter.to(dtype))
-        (found, *_), (expected, *_) = written(**inputs), ours(**inputs)
-    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    return Parity(difference, largest, text["samples"].size, "samples", OWN)
+        found, expected = (_answers(recipe, model, batch) for model in (written, ours))
+    differences = (found - expected).abs().masked_fill(found == expected, 0.0)  # infinite ones may be equal, too
+    largest = expected[expected.isfinite()].abs().max()
+    unit = "samples" if "samples" in batch else "tokens"
+    count = next(array.size for name, array in text.items() if name in MEASURES)
+    return Parity(float(differences.max()), float(largest), count, unit, OWN)
+
+
+def _answers(recipe: Any, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return all numbers that a model says of a batch in the recipe's hands, one after another."""
+    said: list[Any] = []
+    hook = model.register_forward_hook(lambda _, __, output: said.append(output))
+    (recipes.further(recipe, "outputs") or recipe.loss)(model, batch)
+    hook.remove()
+    parts = [part for output in said for part in (output if isinstance(output, tuple) else (output,))]
+    return torch.cat([part.float().flatten() for part in parts if part.is_floating_point()])
 
 
 def _logits(output: Any) -> torch.Tensor:
@@ -355,6 +370,10 @@ def _write_rest(folder: Path, export: Any, facts: dict[str, Any], dtype: str) ->
     for name, content in (export.files or {}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_text(folder / name, content)
+    for path in export.folders:
+        if not path.is_dir():
+            raise UserError(str(path.absolute()), "is not there: the prepared data have gone; run bigbatch prepare")
+        shutil.copytree(path, folder / path.name)
     if export.processor:
         write_text(folder / "preprocessor_config.json", export.processor)
         return
@@ -373,14 +392,14 @@ def write_text(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _real_text(recipe: Any, config: Any) -> dict[str, np.ndarray]:
-    """Return what models take of a few validation samples, else training ones: tokens, pixels, or sound."""
+def _real_text(recipe: Any, config: Any, is_whole: bool = False) -> dict[str, np.ndarray]:
+    """Return what models take of a few validation samples, else training ones: tokens or pixels; or the whole batch."""
     data = recipe.open_data(config)
     samples = data.validation or data.train
     ids = np.arange(min(PARITY_SAMPLES, samples.num_samples))
     batch = samples.batch(ids, np.zeros_like(ids))
-    if "samples" in batch:
-        return {name: batch[name] for name in ("samples", "lengths")}
+    if is_whole:
+        return batch
     return {
         name: batch[name][:, :PARITY_TOKENS] if name != "pixels" else batch[name] for name in NAMES if name in batch
     }
@@ -401,7 +420,7 @@ def _write_card(folder: Path, reader: Reader, config: Any, parity: Parity, dtype
         "parity": parity._asdict(),
         "run": manifest["run"],
         "working_directory": str(Path.cwd()),
-        "facts": _model_facts(config.recipe, manifest["facts"]),
+        "facts": _model_facts(config.recipe, manifest["facts"], is_own=parity.model == OWN),
     }
     write_text(folder / RECORD_FILE, record)
     purpose = f"{config.about.purpose}\n\n" if config.about else ""
@@ -423,8 +442,10 @@ folder differ from those of the model that was trained by at most {parity.larges
 """)
 
 
-def _model_facts(recipe: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what is of the model though no weight."""
+def _model_facts(recipe: str, facts: dict[str, Any], is_own: bool) -> dict[str, Any]:
+    """Return what is of the model though no weight; without a class of transformers all but where the tokenizer lay."""
+    if is_own:
+        return {name: fact for name, fact in facts.items() if name != "tokenizer"}
     names = recipes.further(recipes.find(recipe), "MODEL_FACTS") or ()
     return {name: facts[name] for name in names if name in facts}
 

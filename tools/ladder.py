@@ -89,6 +89,7 @@ def climb(verb: str, arguments: argparse.Namespace, make: Callable[[Source, Path
     options = Options(arguments.samples, arguments.seed, arguments.split, arguments.threads, run)
     with scratch_beside(out) as scratch:
         source = open_source(arguments.model, scratch)
+        _check_class(verb, source, arguments.model)
         rungs = _rungs_of(source.path)
         partial = scratch / "made"
         partial.mkdir()
@@ -134,6 +135,17 @@ def open_source(model: Path, scratch: Path) -> Source:
     recipe = recipes.find(recipe_name)
     config, facts = recipes.describe_folder(recipe, path)
     return Source(path, recipe_name, recipe, config, facts, conversion_record(path))
+
+
+def _check_class(verb: str, source: Source, model: Path) -> None:
+    """Raise UserError for a model that transformers has no class for, unless its recipe tells how it is exported."""
+    if recipes.own_recipe(source.path) is None:
+        return
+    formats = recipes.further(source.recipe, "EXPORTS_OWN") or ()
+    if not (verb == "export" and formats):
+        instead = f"bigbatch export --format {formats[0]}" if formats else "predict, evaluate or serve, as it is"
+        found = f"holds a {source.recipe_name} model that transformers has no class for, which {verb} needs"
+        raise UserError(str(model), f"{found}; right is {instead}")
 
 
 def _check_run(run: Path) -> None:

@@ -133,7 +133,7 @@ def _check_settings(where: str, settings: dict[str, Any]) -> None:
     kind = settings.get("model_type")
     if not isinstance(kind, str):
         raise UserError(where, f"model_type is {kind!r}; right is a name, such as 'bert'")
-    if kind not in OWN_TYPES and not kind.startswith("bigbatch_"):
+    if kind not in OWN_TYPES and not kind.startswith(recipes.OWN_TYPE):
         import transformers
 
         if kind not in transformers.CONFIG_MAPPING:
@@ -171,10 +171,12 @@ def check_numbers(folder: Path) -> None:
         check_finite(str(weights.files[name]), name, weights.read(name))
 
 
-def build_native(recipe: Any, config: Any, facts: dict[str, Any], folder: Path) -> Any:
+def build_native(recipe: Any, config: Any, facts: dict[str, Any], folder: Path, initialize: bool = True) -> Any:
     """Build a folder's native model; raise UserError where its settings and its weights do not belong together."""
     try:
-        return recipe.build_model(config, facts).eval()
+        if initialize:
+            return recipes.build_described(recipe, config, facts).eval()
+        return recipe.build_model(config, facts, initialize=False)
     except OPENING_ERRORS as error:
         found = f"settings and weights do not belong together ({type(error).__name__}: {error})"
         raise UserError(str(folder), found) from error
@@ -185,6 +187,7 @@ def _open_folder(folder: Path, threads: int | None, must_predict: bool, recipe_n
     name = recipe_name or recipes.of_folder(folder)
     recipe = _find(name, folder, must_predict)
     check_weights(folder)
+    _check_own(folder, recipe)
     config, facts = recipes.describe_folder(recipe, folder)
     if format_of(folder) == "transformers" and not is_quantized(folder):
         try:
@@ -198,6 +201,15 @@ def _open_folder(folder: Path, threads: int | None, must_predict: bool, recipe_n
     return Opened(folder, name, recipe, config, facts, model.eval())
 
 
+def _check_own(folder: Path, recipe: Any) -> None:
+    """Raise UserError for a model that transformers has no class for in a form that none of its recipe's has."""
+    forms = ("transformers", *(recipes.further(recipe, "EXPORTS_OWN") or ()))
+    if recipes.own_recipe(folder) is None or (format_of(folder) in forms and not is_quantized(folder)):
+        return
+    found = "is quantized" if is_quantized(folder) else f"is in the form of {format_of(folder)}"
+    raise UserError(str(folder), f"{found}, though transformers has no class for it; right is what convert has written")
+
+
 def _check_sizes(folder: Path, recipe: Any, config: Any, facts: dict[str, Any]) -> None:
     """Raise UserError where config.json tells of a far larger model than there are weights for, before it is built."""
     weights = WeightFolder(folder)
@@ -208,7 +220,7 @@ def _check_sizes(folder: Path, recipe: Any, config: Any, facts: dict[str, Any]) 
             found = f"{key} is {value:,}, but the weights are {len(weights.files):,} tensors of {stored:,} numbers"
             raise UserError(str(folder / CONFIG_FILE), found)
     with torch.device("meta"):
-        model = recipe.build_model(config, facts, initialize=False)
+        model = build_native(recipe, config, facts, folder, initialize=False)
     needed = sum(parameter.numel() for parameter in model.parameters())
     if needed > 2 * stored + PADDING_NUMBERS:
         found = f"describes a model of {needed:,} numbers, but the weights are {stored:,}"

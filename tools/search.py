@@ -67,6 +67,8 @@ def _index(
     if "documents" not in paths:
         if folder:
             return load_index(folder, embed, stemming)
+        if (Path(facts["tokenizer"]) / "config.json").is_file():
+            raise UserError("--documents", "is missing: a model folder holds none; right is a file, or an --index")
         return build_index(prepared_documents(Path(facts["tokenizer"])), embed, stemming)
     if folder and folder.exists():
         raise UserError("--index", f"{folder} exists already; leave --documents out, or name another folder")

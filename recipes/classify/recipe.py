@@ -25,6 +25,7 @@ from bigbatch.recipes.core.models.hugging_face import (
     Piece,
     conversion_record,
     label_tables,
+    own_export,
     read_json,
     untrained_document,
 )
@@ -155,7 +156,7 @@ def predictor(
 
 
 def hugging_face(config: ClassifyConfig, facts: dict[str, Any]) -> HuggingFaceExport:
-    """Name the model's tensors and settings as transformers does; raise UserError where it has no such class."""
+    """Name the model's tensors and settings as transformers does, or where it has no such class as `own_export`."""
     labels = facts["labels"]
     names, numbers = label_tables(labels)
     table = {"id2label": names, "label2id": numbers, "problem_type": problem_type(config.data.multi_label)}
@@ -166,8 +167,7 @@ def hugging_face(config: ClassifyConfig, facts: dict[str, Any]) -> HuggingFaceEx
         tensors = {name: [Piece(name.removeprefix("model."), 0, len(p))] for name, p in model.named_parameters()}
         return HuggingFaceExport({**facts["hugging_face"], **table}, tensors, auto_class=auto_class)
     if config.model.backbone != "encoder" or config.model.pooling != "first":
-        kind = config.model.backbone if config.model.backbone != "encoder" else "encoder with pooling 'mean'"
-        raise UserError("model", f"is a {kind}, for which transformers has no class; bigbatch predict takes the run")
+        return own_export(config.recipe, lambda: build_classifier(config, facts, initialize=False))
     export = encoder_export(facts, ARCHITECTURE, "classifier", len(labels), labels, has_pooler=True, prefix="backbone.")
     return export._replace(config={**export.config, **table, "classifier_dropout": config.model.head_dropout})
 

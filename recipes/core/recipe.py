@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # the launcher finds a recipe's configuration on a machine wi
     from bigbatch.recipes.core.foreign import Session
 
 RECORD_FILE = "conversion.json"  # what `bigbatch convert` writes beside the weights
+OWN_TYPE = "bigbatch_"  # and a recipe's name: model_type in config.json where transformers has no class for a model
+WEIGHTS = "weights_folder"
+"""The fact that names the folder of such a model's weights."""
 Batch = dict[str, Any]  # name -> tensor [B, ...] on the rank's device
 
 
@@ -73,9 +76,11 @@ class HuggingFaceExport(NamedTuple):
     auto_class: str = "AutoModelForCausalLM"
     """The class of transformers that builds it; "" where there is none, and the folder is for this project alone."""
     processor: dict[str, Any] | None = None
-    """preprocessor_config.json, for a model of images, which has no tokenizer."""
+    """preprocessor_config.json, for a model of images or sound, which has no tokenizer."""
     files: dict[str, Any] | None = None
     """Further JSON files, by their paths in the folder."""
+    folders: tuple[Path, ...] = ()
+    """Folders that go with the model, each under its own name."""
 
 
 class Recipe(Protocol):
@@ -120,7 +125,7 @@ class Recipe(Protocol):
         ...
 
     def hugging_face(self, config: Any, facts: dict[str, Any]) -> HuggingFaceExport:
-        """Name the model's tensors and settings as transformers does."""
+        """Name the model's tensors and settings as transformers does; where that has no class, by `own_export`."""
         ...
 
     def samples_of_text(self, config: Any, model: "torch.nn.Module", facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -147,6 +152,8 @@ class Further(Protocol):
     """Several samples of a split are judged as one (the windows of a text, a ranking), so that none may be left out."""
     READS_FILES: bool
     """An input of `predictor` is the path of a file."""
+    EXPORTS_OWN: tuple[str, ...]
+    """Formats that models which transformers has no class for are exported to."""
 
     def outputs(self, model: "torch.nn.Module", batch: Batch) -> Outputs:
         """Run the forward pass on one micro-batch for evaluation: `loss`, and what `figures` is made of."""
@@ -187,7 +194,8 @@ class Further(Protocol):
     def describe_folder(self, folder: Path) -> tuple[Any, dict[str, Any]]:
         """Return (config, facts) of a Hugging Face folder of the recipe's kind; no weights are read.
 
-        They are what `build_model` reads them by, and `foreign` needs, and then `predictor`.
+        They are what `build_model` reads them by, and `foreign` needs, and then `predictor`. A folder of `own_export`
+        is described without it.
         """
         ...
 
@@ -224,13 +232,15 @@ def find(name: str) -> Any:
 def of_folder(folder: Path) -> str:
     """Return the recipe whose `describe_folder` takes a Hugging Face folder: the one that wrote it, else by its class.
 
-    Raises UserError where none does.
+    Of a model that transformers has no class for, the one that model_type names. Raises UserError where none does.
     """
     try:
         document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture = str((document.get("architectures") or ["a model of no class"])[0])
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(str(folder), f"is no Hugging Face folder: config.json cannot be read ({error})") from None
+    if own := own_recipe(folder):
+        return _known(own)
     recorded = _recorded_recipe(folder / RECORD_FILE)
     if recorded in recipe_names() and further(find(recorded), "describe_folder"):
         return recorded
@@ -240,6 +250,15 @@ def of_folder(folder: Path) -> str:
         if ending and architecture.endswith(ending) and (describes is None or describes(folder)):
             return name
     raise UserError(str(folder), f"holds {architecture}, which no recipe predicts with")
+
+
+def own_recipe(folder: Path) -> str | None:
+    """Return the recipe of a model that transformers has no class for; None of any other folder."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return kind.removeprefix(OWN_TYPE) if isinstance(kind, str) and kind.startswith(OWN_TYPE) else None
 
 
 def read_config(document: dict[str, Any], where: str) -> Any:
@@ -257,19 +276,40 @@ def read_config(document: dict[str, Any], where: str) -> Any:
 def describe_folder(recipe: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Return (config, facts) of a folder; raise UserError also where its files say what cannot be."""
     try:
-        return recipe.describe_folder(folder)
+        return _describe_own(recipe, folder) if own_recipe(folder) else recipe.describe_folder(folder)
     except ValidationError as error:
         found = error.errors()[0]
         why = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         why = f"{type(error).__name__}: {error}"
     raise UserError(str(folder), f"config.json, {RECORD_FILE} or the tokenizer's files describe no model ({why})")
+
+
+def _describe_own(recipe: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return what the run was, and all of its facts, with the folder for the places that it knew."""
+    record, name = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")), recipe.__name__.split(".")[-2]
+    for found in (own_recipe(folder), record["run"]["recipe"]):
+        if found != name:
+            raise UserError(str(folder), f"holds a model of the recipe {found!r}; right is one of {name!r}")
+    places = {"tokenizer": str(folder)} if (folder / "tokenizer.json").is_file() else {}
+    return read_config(record["run"], str(folder / RECORD_FILE)), {**record["facts"], **places, WEIGHTS: str(folder)}
 
 
 def open_folder(recipe: Any, folder: Path) -> tuple[Any, dict[str, Any], "torch.nn.Module"]:
     """Open a Hugging Face folder of a recipe's kind, as a native model: (config, facts, model)."""
     config, facts = describe_folder(recipe, folder)
-    return config, facts, recipe.build_model(config, facts).eval()
+    return config, facts, build_described(recipe, config, facts).eval()
+
+
+def build_described(recipe: Any, config: Any, facts: dict[str, Any]) -> "torch.nn.Module":
+    """Build the model of a folder that `describe_folder` has described, with its weights."""
+    if WEIGHTS not in facts:
+        return recipe.build_model(config, facts)
+    from bigbatch.recipes.core.models.hugging_face import load_own  # noqa: PLC0415 - torch, which is not needed above
+
+    model = recipe.build_model(config, facts, initialize=False)
+    load_own(model, Path(facts[WEIGHTS]))
+    return model
 
 
 def _recorded_recipe(record: Path) -> str | None:
@@ -281,7 +321,12 @@ def _recorded_recipe(record: Path) -> str | None:
         raise UserError(str(record), f"cannot be read ({error})") from None
 
 
-def _module(name: str, part: str) -> ModuleType:
+def _known(name: str) -> str:
     if name not in recipe_names():
         raise UserError("recipe", f"there is no recipe {name!r}; there are: {', '.join(recipe_names())}")
+    return name
+
+
+def _module(name: str, part: str) -> ModuleType:
+    _known(name)
     return importlib.import_module(f"bigbatch.recipes.{name}.{part}")

@@ -1,7 +1,8 @@
 """What `model.initialize_from` names: a run or checkpoint of an encoder, or a Hugging Face folder.
 
-Three kinds: a checkpoint of this project whose model has an `Encoder`; a folder of BERT's family, read natively; any
-other folder with a config.json. And how a model that starts from one is tuned: layers drawn anew, frozen, or slower.
+Three kinds: a checkpoint of this project, or a folder of its own, whose model has an `Encoder`; a folder of BERT's
+family, read natively; any other folder with a config.json. And how a model that starts from one is tuned: layers drawn
+anew, frozen, or slower.
 """
 
 import json
@@ -16,7 +17,8 @@ from bigbatch.recipes.core.data.tokenizing import load_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import Block, Encoder, Pooler, load_encoder, section_from_hugging_face
-from bigbatch.recipes.core.models.hugging_face import WeightFolder, read_json
+from bigbatch.recipes.core.models.hugging_face import OwnFolder, WeightFolder, read_json
+from bigbatch.recipes.core.recipe import own_recipe
 from bigbatch.recipes.core.run_home import recorded_path
 
 WHERE = "model.initialize_from"
@@ -40,14 +42,13 @@ class Start(NamedTuple):
 def find_start(name: str) -> Start:
     """Look at a folder to start from; raise UserError for one that holds no encoder."""
     path = Path(name).expanduser()
-    if (path / MANIFEST).exists() or (path / "checkpoints").is_dir():
-        reader = open_checkpoint(path)
+    if is_ours(path):
+        reader = open_ours(path)
         section = reader.manifest["facts"].get("encoder") or reader.manifest["run"].get("model", {})
         if _prefix(reader) is None:
             recipe = reader.manifest["run"].get("recipe")
             raise UserError(WHERE, f"{path} is a model of the recipe {recipe!r}, which has no encoder")
-        tokenizer = recorded_path(reader.folder, reader.manifest["facts"]["tokenizer"])
-        return Start(path, tokenizer, reader.manifest["facts"]["vocabulary_size"], _plain(section), None)
+        return Start(path, tokenizer_of(reader), reader.manifest["facts"]["vocabulary_size"], _plain(section), None)
     if not (path / CONFIG_FILE).is_file():
         raise UserError(WHERE, f"{path} has neither checkpoints nor a {CONFIG_FILE}: no model to start from")
     config = read_json(path / CONFIG_FILE)
@@ -57,6 +58,22 @@ def find_start(name: str) -> Start:
     if config.get("model_type") == "bert":
         return Start(path, path, size, _plain(section_from_hugging_face(config).model_dump(mode="json")), None)
     return Start(path, path, size, None, config)
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether a folder's tensors have our names: a run, a checkpoint, or what transformers has no class for."""
+    return (path / MANIFEST).exists() or (path / "checkpoints").is_dir() or own_recipe(path) is not None
+
+
+def open_ours(path: Path) -> Reader | OwnFolder:
+    """Open a folder whose tensors have our names."""
+    return OwnFolder(path) if own_recipe(path) else open_checkpoint(path)
+
+
+def tokenizer_of(reader: Reader | OwnFolder) -> Path:
+    """Return the folder of the tokenizer that belongs to a model of ours."""
+    path = reader.manifest["facts"]["tokenizer"]
+    return recorded_path(reader.folder, path) if isinstance(reader, Reader) else Path(path)
 
 
 def find_native_start(section: Any) -> Start | None:
@@ -77,7 +94,7 @@ def _plain(section: dict[str, Any]) -> dict[str, Any]:
     return EncoderSection.model_validate_json(json.dumps({**section, "initialize_from": None})).model_dump(mode="json")
 
 
-def _prefix(reader: Reader) -> str | None:
+def _prefix(reader: Reader | OwnFolder) -> str | None:
     return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in reader.tensors)), None)
 
 
@@ -98,10 +115,10 @@ def starting_shape(section: Any, start: Start | None) -> dict[str, Any] | None:
 
 def load_start(path: Path, encoder: Encoder, pooler: Pooler | None, vocabulary_size: int) -> None:
     """Fill an encoder, and a pooler where there is one to read, with the weights of a checkpoint or a BERT folder."""
-    if (path / CONFIG_FILE).is_file():
+    if not is_ours(path):
         load_encoder(encoder, path, vocabulary_size, pooler)
         return
-    reader = open_checkpoint(path)
+    reader = open_ours(path)
     prefix = _prefix(reader) or ""
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
@@ -166,21 +183,21 @@ def learning_rate_scales(config: Any, model: nn.Module) -> dict[str, float]:
 
 def _read_head(path: Path, theirs: str) -> dict[str, torch.Tensor]:
     """Return weight and bias of the head in a folder, where it is called `theirs`, or in a checkpoint; {} for none."""
-    if (path / CONFIG_FILE).is_file():
+    if not is_ours(path):
         weights, prefix = WeightFolder(path), theirs
         there, read = weights.files, weights.read
     else:
-        reader, prefix = open_checkpoint(path), "head"
+        reader, prefix = open_ours(path), "head"
         there, read = reader.tensors, reader.read
     return {name: read(f"{prefix}.{name}") for name in ("weight", "bias") if f"{prefix}.{name}" in there}
 
 
 def read_labels(path: Path) -> list[str]:
     """Return the labels of the head in a folder or checkpoint; none where it has no head."""
-    if (path / CONFIG_FILE).is_file():
+    if not is_ours(path):
         table = read_json(path / CONFIG_FILE).get("id2label") or {}
         return [table[key] for key in sorted(table, key=int)]
-    return open_checkpoint(path).manifest["facts"].get("labels", [])
+    return open_ours(path).manifest["facts"].get("labels", [])
 
 
 def check_labels(theirs: list[str], labels: list[str], folder: Path) -> None:
@@ -190,7 +207,7 @@ def check_labels(theirs: list[str], labels: list[str], folder: Path) -> None:
         raise UserError("model.keep_head", f"the head in {folder} is for other labels ({shown}, ...); right is false")
 
 
-def read_tensor(reader: Reader, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def read_tensor(reader: Reader | OwnFolder, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Read a tensor of a checkpoint; raise UserError where it is missing or has another shape."""
     if name not in reader.tensors:
         raise UserError(WHERE, f"{reader.folder} has no tensor {name!r} that the model needs")

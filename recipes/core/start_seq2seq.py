@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bigbatch.recipes.core.checkpoint import MANIFEST, Reader, open_checkpoint
+from bigbatch.recipes.core.checkpoint import Reader
 from bigbatch.recipes.core.data.tokenizing import load_given_tokenizer
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.models.config import Seq2SeqSection
-from bigbatch.recipes.core.models.hugging_face import read_json
+from bigbatch.recipes.core.models.hugging_face import OwnFolder, read_json
 from bigbatch.recipes.core.models.seq2seq import Seq2Seq, load_hugging_face, section_from_hugging_face
-from bigbatch.recipes.core.run_home import recorded_path
-from bigbatch.recipes.core.start import CONFIG_FILE, WHERE, read_tensor
+from bigbatch.recipes.core.start import CONFIG_FILE, WHERE, is_ours, open_ours, read_tensor, tokenizer_of
 
 PREFIXES = ("", "model.")  # what an encoder-decoder's parameters are called in the models that have one
 MARK = "decoder.blocks.0.source_attention.query.weight"
@@ -35,12 +34,13 @@ class Seq2SeqStart(NamedTuple):
 def find_seq2seq_start(name: str) -> Seq2SeqStart:
     """Look at a folder to start from; raise UserError for one that holds no encoder-decoder."""
     path = Path(name).expanduser()
-    if (path / MANIFEST).exists() or (path / "checkpoints").is_dir():
-        reader = open_checkpoint(path)
+    if is_ours(path):
+        reader = open_ours(path)
         _prefix(reader)
         facts = reader.manifest["facts"]
-        tokenizer = recorded_path(reader.folder, facts["tokenizer"])
-        return Seq2SeqStart(path, tokenizer, facts["vocabulary_size"], facts["shape"], facts["begin_of_target"])
+        return Seq2SeqStart(
+            path, tokenizer_of(reader), facts["vocabulary_size"], facts["shape"], facts["begin_of_target"]
+        )
     if not (path / CONFIG_FILE).is_file():
         raise UserError(WHERE, f"{path} has neither checkpoints nor a {CONFIG_FILE}: no model to start from")
     config = read_json(path / CONFIG_FILE)
@@ -83,17 +83,17 @@ def build_seq2seq(section: Any, facts: dict[str, Any], label_smoothing: float, i
 
 
 def _load(path: Path, model: Seq2Seq) -> None:
-    if (path / CONFIG_FILE).is_file():
+    if not is_ours(path):
         load_hugging_face(model, path)
         return
-    reader = open_checkpoint(path)
+    reader = open_ours(path)
     prefix = _prefix(reader)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(read_tensor(reader, prefix + name, parameter.shape))
 
 
-def _prefix(reader: Reader) -> str:
+def _prefix(reader: Reader | OwnFolder) -> str:
     found = next((prefix for prefix in PREFIXES if prefix + MARK in reader.tensors), None)
     if found is None:
         recipe = reader.manifest["run"].get("recipe")

@@ -18,7 +18,7 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.metrics import CONFIDENCE
 from bigbatch.recipes.core.models.encoder import encoder_export
-from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
+from bigbatch.recipes.core.models.hugging_face import conversion_record, own_export, untrained_document
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.extract import data
@@ -146,11 +146,9 @@ def predictor(
 
 
 def hugging_face(config: ExtractConfig, facts: dict[str, Any]) -> HuggingFaceExport:
-    """Name the model's tensors and settings as transformers does; raise UserError where it has no such class."""
-    if config.model.backbone != "encoder":
-        raise UserError("model.backbone", "is 'words', which transformers has no class for; right is 'encoder'")
-    if config.model.crf:
-        raise UserError("model.crf", "is true; transformers has no class with a CRF, and without it tags are others")
+    """Name the model's tensors and settings as transformers does, or where it has no such class as `own_export`."""
+    if config.model.backbone != "encoder" or config.model.crf:
+        return own_export(config.recipe, lambda: build(config, facts, initialize=False))
     labels, is_pair = facts["labels"], config.data.task == "relations"
     kind = "ForSequenceClassification" if is_pair else ARCHITECTURE
     return encoder_export(facts, kind, THEIR_HEAD, len(labels), labels, has_pooler=is_pair)

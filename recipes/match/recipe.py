@@ -19,7 +19,7 @@ from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.config import EncoderSection
 from bigbatch.recipes.core.models.encoder import encoder_export, encoder_tensors, hugging_face_config
-from bigbatch.recipes.core.models.hugging_face import conversion_record, read_json, untrained_document
+from bigbatch.recipes.core.models.hugging_face import conversion_record, own_export, read_json, untrained_document
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.match import data, samples
@@ -256,10 +256,10 @@ def open_run(path: Path, where: str) -> tuple[MatchConfig, dict[str, Any], nn.Mo
 def hugging_face(config: MatchConfig, facts: dict[str, Any]) -> HuggingFaceExport:
     """Name the model's tensors and settings as transformers' BertModel or BertForSequenceClassification does.
 
-    A bi-encoder's folder is one that sentence-transformers opens, too.
+    A bi-encoder's folder is one that sentence-transformers opens, too; that of a bag of words this project alone opens.
     """
     if config.model.backbone == "words":
-        raise UserError("model.backbone", "is 'words', for which transformers has no class; bigbatch takes the run")
+        return own_export(config.recipe, lambda: build_model(config, facts, initialize=False))
     if config.model.kind == "cross":
         return encoder_export(facts, "ForSequenceClassification", THEIR_HEAD, 1, ["score"], has_pooler=True)
     section, size = EncoderSection.model_validate(facts["encoder"]), facts["vocabulary_size"]

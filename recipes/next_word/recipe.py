@@ -15,12 +15,13 @@ from bigbatch.recipes.core.data.prepare import prepare_tokens, prepared_folder
 from bigbatch.recipes.core.data.shards import IGNORED_LABEL, Stream
 from bigbatch.recipes.core.data.tokenizing import encode_documents, load_tokenizer
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.models.hugging_face import own_export
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Samples
 from bigbatch.recipes.next_word.config import NextWordConfig
 from bigbatch.recipes.next_word.data import NgramSamples, TextSamples
 from bigbatch.recipes.next_word.ngram import KneserNey
 from bigbatch.recipes.next_word.recurrent import RecurrentLanguageModel
-from bigbatch.recipes.next_word.tables import open_tables, prepare_tables
+from bigbatch.recipes.next_word.tables import open_tables, prepare_tables, read_tables, tables_folder
 
 MOST_WORDS = 1000  # of a text to predict behind: no state remembers more
 
@@ -117,9 +118,11 @@ def predictor(
 
 
 def hugging_face(config: NextWordConfig, facts: dict[str, Any]) -> HuggingFaceExport:
-    """Refuse: transformers has no such class."""
-    what = "an n-gram model" if config.model.kind == "ngram" else f"a recurrent network ({config.model.cell})"
-    raise UserError("model", f"is {what}, for which transformers has no class; bigbatch predict takes the run")
+    """Name the model's tensors, and the counts of n-grams; transformers has no such class."""
+    counts = ()
+    if config.model.kind == "ngram":
+        counts = (tables_folder(Path(facts["tokenizer"]), config.model.order, facts["counted_tokens"]),)
+    return own_export(config.recipe, lambda: build_model(config, facts, initialize=False), folders=counts)
 
 
 Splits = tuple[Samples, Callable[[str], Samples]]
@@ -158,7 +161,8 @@ def _by_counts(
     config: NextWordConfig, facts: dict[str, Any], model: KneserNey
 ) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
     folder = Path(facts["tokenizer"])
-    tables: Tables = open_tables(folder, model.order, facts["counted_tokens"])
+    target = tables_folder(folder, model.order, facts["counted_tokens"])
+    tables: Tables = read_tables(target, model.order, facts["vocabulary_size"])
     if tables.fingerprint != facts["counts"]:
         raise UserError(str(folder), "holds other counts than those that the run was trained with; prepare them again")
     with torch.no_grad():

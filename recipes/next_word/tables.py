@@ -18,7 +18,7 @@ FILE, FILES = "ngrams.json", "{}_{}.npy"
 
 def prepare_tables(folder: Path, order: int, num_tokens: int) -> None:
     """Count the n-grams of a prepared folder's training text up to a token, unless that is done."""
-    target, stream = _folder(folder, order, num_tokens), Stream(folder, "train")
+    target, stream = tables_folder(folder, order, num_tokens), Stream(folder, "train")
     if (target / FILE).exists():
         return
     tables = count_ngrams(_first(stream.parts, num_tokens), stream.vocabulary_size, stream.end_of_text, order)
@@ -35,11 +35,16 @@ def prepare_tables(folder: Path, order: int, num_tokens: int) -> None:
 
 
 def open_tables(folder: Path, order: int, num_tokens: int) -> Tables:
-    """Map the tables of a prepared folder into memory."""
-    target, manifest = _folder(folder, order, num_tokens), read_manifest(folder)
+    """Map the tables of a prepared folder into memory; raise UserError where they are not of its text."""
+    manifest = read_manifest(folder)
+    return read_tables(tables_folder(folder, order, num_tokens), order, manifest.vocabulary_size, manifest.fingerprint)
+
+
+def read_tables(target: Path, order: int, vocabulary_size: int, text: str | None = None) -> Tables:
+    """Map a folder of tables into memory; where the fingerprint of a text is given, raise UserError for another's."""
     try:
         document = json.loads((target / FILE).read_text("utf-8"))
-        if document["text"] != manifest.fingerprint:
+        if text not in (None, document["text"]):
             raise UserError(str(target), "holds the counts of another text; remove it and prepare again")
         names = (FILES.format(part, length) for length in range(1, order + 1) for part in Table._fields)
         arrays = iter([np.load(target / name, mmap_mode="r") for name in names])
@@ -47,10 +52,11 @@ def open_tables(folder: Path, order: int, num_tokens: int) -> Tables:
         raise UserError(str(target), f"holds no counts of n-grams ({error}); remove it and prepare again") from None
     tables = tuple(Table(*three) for three in zip(arrays, arrays, arrays, strict=True))  # one iterator: three by three
     content = json.dumps(document, sort_keys=True).encode()
-    return Tables(tables, manifest.vocabulary_size, hashlib.blake2b(content, digest_size=16).hexdigest())
+    return Tables(tables, vocabulary_size, hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
-def _folder(folder: Path, order: int, num_tokens: int) -> Path:
+def tables_folder(folder: Path, order: int, num_tokens: int) -> Path:
+    """Return where the tables of a prepared folder, or of a model's, lie."""
     return folder / f"ngrams_{order}_{num_tokens}"
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from bigbatch.recipes.core.data.examples import Examples
 from bigbatch.recipes.core.data.splits import SPLITS, TRAIN
 from bigbatch.recipes.core.data.tokenizing import TextTokenizer, load_given_tokenizer
-from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignEncoder, Session
 from bigbatch.recipes.core.models.encoder import encoder_export
+from bigbatch.recipes.core.models.hugging_face import own_export
 from bigbatch.recipes.core.operations import operations_of_tokens
 from bigbatch.recipes.core.recipe import Batch, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.core.start import Start, find_native_start, starting_shape, starting_vocabulary
@@ -123,11 +123,10 @@ def predictor(
 def export(config: SummarizeConfig, facts: dict[str, Any]) -> HuggingFaceExport:
     """Name the model's tensors and settings as transformers' BertForTokenClassification does.
 
-    Its one label is the score of a sentence, at the [CLS] before it.
+    Its one label is the score of a sentence, at the [CLS] before it. With layers over sentences it has no such class.
     """
-    if layers := getattr(config.model, "sentence_layers", 0):
-        found = f"is {layers}, for which transformers has no class; bigbatch predict takes the run"
-        raise UserError("model.sentence_layers", found)
+    if getattr(config.model, "sentence_layers", 0):
+        return own_export(config.recipe, lambda: build_model(config, facts, initialize=False))
     return encoder_export(facts, "ForTokenClassification", THEIR_HEAD, 1, ["summary"])
 
 

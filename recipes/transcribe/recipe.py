@@ -1,6 +1,5 @@
 """Write down what is said in recordings."""
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from bigbatch.recipes.core.data.splits import SPLITS, TRAIN, prepared_splits, sh
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignSpeech, Session
 from bigbatch.recipes.core.metrics import CONFIDENCE, bootstrap_intervals
-from bigbatch.recipes.core.models.hugging_face import conversion_record, load_own, own_export
+from bigbatch.recipes.core.models.hugging_face import own_export
 from bigbatch.recipes.core.models.speech import SpeechModel, count_operations, ctc_loss
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
 from bigbatch.recipes.transcribe import data
@@ -27,9 +26,8 @@ from bigbatch.recipes.transcribe.decoding import BeamSearch, Language, best_path
 READS_FILES = True
 """An input of `predictor` is the path of a file."""
 INPUTS = ("samples", "lengths", "time_masks", "band_masks")
-MODEL_FACTS = ("alphabet", "prepared")
-"""What is of the model though no weight: the recordings that a language model is counted of, too."""
-WEIGHTS = "weights_folder"
+EXPORTS_OWN = ("onnx",)
+"""Formats that it is exported to, though transformers has no class for it."""
 GENERATED_AT_ONCE = 8
 
 
@@ -75,11 +73,8 @@ class Transcriber(nn.Module):
 
 
 def build_model(config: TranscribeConfig, facts: dict[str, Any], initialize: bool = True) -> Transcriber:
-    """Build the model with first weights, or those of the folder that the facts name."""
-    model = Transcriber(config, facts["alphabet"])
-    if initialize and WEIGHTS in facts:
-        load_own(model, Path(facts[WEIGHTS]))
-    return model
+    """Build the model with first weights."""
+    return Transcriber(config, facts["alphabet"])
 
 
 def count_targets(batch: dict[str, np.ndarray]) -> int:
@@ -201,15 +196,8 @@ def predictor(
 
 def hugging_face(config: TranscribeConfig, facts: dict[str, Any]) -> HuggingFaceExport:
     """Name the model's tensors; transformers has no such class."""
-    with torch.device("meta"):
-        model = build_model(config, facts, initialize=False)
-    return own_export(config.recipe, model, {"sampling_rate": config.data.sample_rate})
-
-
-def describe_folder(folder: Path) -> tuple[TranscribeConfig, dict[str, Any]]:
-    """Describe a folder that `bigbatch convert` has written, to predict with."""
-    record = conversion_record(folder)
-    return TranscribeConfig.model_validate_json(json.dumps(record["run"])), {**record["facts"], WEIGHTS: str(folder)}
+    processor = {"sampling_rate": config.data.sample_rate}
+    return own_export(config.recipe, lambda: build_model(config, facts, initialize=False), processor=processor)
 
 
 def foreign(config: TranscribeConfig, facts: dict[str, Any], session: Session) -> Transcriber:

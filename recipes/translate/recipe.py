@@ -17,7 +17,7 @@ from bigbatch.recipes.core.data.tokenizing import encode_documents, load_given_t
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.foreign import ForeignSeq2Seq, Session
 from bigbatch.recipes.core.models.config import Seq2SeqSection
-from bigbatch.recipes.core.models.hugging_face import conversion_record, untrained_document
+from bigbatch.recipes.core.models.hugging_face import conversion_record, own_export, untrained_document
 from bigbatch.recipes.core.models.seq2seq import hugging_face_config, hugging_face_tensors
 from bigbatch.recipes.core.operations import operations_of_sides
 from bigbatch.recipes.core.recipe import Batch, DataSplits, HuggingFaceExport, Loss, Outputs
@@ -174,9 +174,9 @@ def predictor(
 
 
 def hugging_face(config: TranslateConfig, facts: dict[str, Any]) -> HuggingFaceExport:
-    """Name the model's tensors and settings as transformers' encoder-decoders do."""
+    """Name the model's tensors and settings as transformers' encoder-decoders do; a judge's by `own_export`."""
     if config.model.head == "quality":
-        raise UserError("model.head", "is 'quality', of which transformers has no class; a 'translation' is converted")
+        return own_export(config.recipe, lambda: build_model(config, facts, initialize=False))
     section = Seq2SeqSection.model_validate_json(json.dumps(facts["shape"]))
     size, begin, end = (facts[name] for name in ("vocabulary_size", "begin_of_target", "end_of_text"))
     search = config.search

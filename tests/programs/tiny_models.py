@@ -6,6 +6,7 @@ Nothing is trained: weights are drawn large, so that answers differ.
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def _writer(folder: Path) -> dict[str, Any]:
     return document | {"model": {"backbone": "seq2seq", "shape": {**WRITER, "max_positions": 64, "dropout": 0.0}}}
 
 
+def _judge(folder: Path) -> dict[str, Any]:
+    rows = [{"source": f"a{n} a{n}", "translation": f"a{n} " * (1 + n % 3), "score": n % 3 / 2} for n in range(60)]
+    (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": [str(folder / "rated.jsonl")], "target_column": "translation", "score_column": "score"}
+    document = _of(folder, "translate", model={"head": "quality"}, data=data)
+    del document["search"]
+    return document
+
+
 def _gpt(folder: Path, family: str) -> dict[str, Any]:
     texts = _conftest("gpt").made_documents._get_wrapped_function()()
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -120,7 +130,19 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "gpt_llama": (_gpt, "llama"),
     "gpt_gpt2": (_gpt, "gpt2"),
     "transcribe": (_of, "transcribe"),
+} | {
+    # transformers has no class for these
+    "classify_attention": (_of, "classify", "attention"),
+    "classify_rnn": (_of, "classify", "rnn"),
+    "classify_mean": (partial(_of, model={"pooling": "mean"}), "classify"),
+    "entities_words": (_of, "extract", "entities"),
+    "entities_crf": (partial(_of, model={"crf": True}), "extract", "entities", "encoder"),
+    "relations_words": (_of, "extract", "relations"),
+    "match_words": (partial(_of, model={"encoder": None, "backbone": "words", "embedding_size": 32}), "match"),
     "next_word": (_of, "next_word", "lstm"),
+    "next_word_ngram": (_of, "next_word", "ngram"),
+    "summarize_layers": (partial(_of, model={"sentence_layers": 1}), "summarize"),
+    "translate_quality": (_judge,),
 }
 """What makes a run document in a folder, and what it is told."""
 

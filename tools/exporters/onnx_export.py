@@ -157,9 +157,7 @@ def compare(folder: Path, exported: Path, threads: int | None = None) -> dict[st
 
 def _compare_speech(folder: Path, ours: onnx_engine.OnnxSession, generator: torch.Generator) -> dict[str, Any]:
     """Do the same with noise and the native model."""
-    recipe = recipes.find("transcribe")
-    config, facts = recipe.describe_folder(folder)
-    model = recipe.build_model(config, facts).eval()
+    config, _, model = recipes.open_folder(recipes.find("transcribe"), folder)
     lengths = torch.tensor([config.data.sample_rate * part // 10 for part in (10, 6, 3)])
     samples = torch.randint(-(2**15), 2**15, (3, int(lengths.max())), generator=generator).short()
     with torch.no_grad():

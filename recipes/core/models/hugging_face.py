@@ -11,7 +11,7 @@ from torch import nn
 
 from bigbatch.recipes.core.errors import UserError
 from bigbatch.recipes.core.layout import logical_shape, share_of
-from bigbatch.recipes.core.recipe import RECORD_FILE, HuggingFaceExport
+from bigbatch.recipes.core.recipe import OWN_TYPE, RECORD_FILE, HuggingFaceExport
 
 
 class Piece(NamedTuple):
@@ -130,10 +130,15 @@ def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
         raise UserError(where, f"tensor {name!r} holds {count:,} values that are infinite or no number")
 
 
-def own_export(recipe: str, model: nn.Module, processor: dict[str, Any] | None = None) -> HuggingFaceExport:
-    """Describe a model that transformers has no class for: its tensors have our names, and `load_own` reads them."""
-    config = {"model_type": f"bigbatch_{recipe}", "architectures": [type(model).__name__]}
-    return HuggingFaceExport(config, _own_table(model), auto_class="", processor=processor)
+def own_export(recipe: str, build: Callable[[], nn.Module], **further: Any) -> HuggingFaceExport:
+    """Describe a model that transformers has no class for: its tensors have our names, and `load_own` reads them.
+
+    `build` builds it without weights. All facts of the run go with it, so that `describe_folder` needs no other.
+    """
+    with torch.device("meta"):
+        model = build()
+    config = {"model_type": f"{OWN_TYPE}{recipe}", "architectures": [type(model).__name__]}
+    return HuggingFaceExport(config, _own_table(model), auto_class="", **further)
 
 
 def load_own(model: nn.Module, folder: Path) -> None:
@@ -143,6 +148,22 @@ def load_own(model: nn.Module, folder: Path) -> None:
 
 def _own_table(model: nn.Module) -> dict[str, list[Piece]]:
     return {name: [Piece(name, 0, len(parameter))] for name, parameter in model.named_parameters()}
+
+
+class OwnFolder:
+    """A folder that `own_export` describes, to be read as a checkpoint is: by the model's names, in float32."""
+
+    def __init__(self, folder: Path) -> None:
+        """Find where each tensor lies; raise UserError if the folder has no readable weights."""
+        record = conversion_record(folder)
+        self.folder, self._weights = folder, WeightFolder(folder)
+        self.tensors = self._weights.files
+        facts = {**record.get("facts", {}), "tokenizer": str(folder.absolute())}
+        self.manifest: dict[str, Any] = {"run": record["run"], "facts": facts}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, float32."""
+        return self._weights.read(name).float()
 
 
 def label_tables(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:

@@ -160,10 +160,14 @@ def test_a_converted_run_answers_as_it_does_here(trained, tmp_path, capsys, task
     assert line.get("entities") == ours.get("entities")
 
 
-def test_what_transformers_has_no_class_for_is_refused(trained, tmp_path):
-    with pytest.raises(UserError, match=r"model.backbone: is 'words', which transformers has no class for"):
-        convert(trained / "learned_entities_words_2_1", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("task", ["entities", "relations"])
+def test_what_transformers_has_no_class_for_answers_the_same_from_a_folder_of_its_own(trained, tmp_path, task):
+    run_dir = trained / f"learned_{task}_words_2_1"
+    assert convert(run_dir, tmp_path / "out").largest_difference == 0
+    config, data, model = opened(run_dir)
+    texts = [MARKED] if task == "relations" else ["In 1800 Bern is the birthplace of Ada again."]
+    expected = recipe.predictor(config, data.facts, model)(texts)
+    assert recipe.predictor(*open_folder(recipe, tmp_path / "out"))(texts) == expected
 
 
 def test_an_entity_and_a_relation_model_together_give_triples(trained, capsys):

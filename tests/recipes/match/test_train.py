@@ -247,9 +247,11 @@ def test_a_cross_encoder_cannot_search(trained):
         search([str(trained / "cross_1_0"), "red rose"])
 
 
-def test_a_bag_of_words_is_refused_by_convert_in_one_line(trained, tmp_path):
-    with pytest.raises(UserError, match="for which transformers has no class; bigbatch takes the run"):
-        convert(trained / "words_1_0", tmp_path / "out")
+def test_a_bag_of_words_gives_the_same_vectors_from_a_folder_of_its_own(trained, tmp_path):
+    assert convert(trained / "words_1_0", tmp_path / "out").largest_difference == 0
+    texts = ["red rose, garden", "Near the wall there is a knife."]
+    expected = recipe.encoder_of(*recipe.open_run(trained / "words_1_0", ""))(texts)
+    assert (recipe.encoder_of(*open_folder(recipe, tmp_path / "out"))(texts) == expected).all()
 
 
 def test_an_empty_text_is_answered_in_its_place(trained, tmp_path, capsys):

@@ -15,6 +15,7 @@ from trained_runs import EVERY_PLAN, RANKS, STAGES, STEPS, Plans, first, losses,
 
 from bigbatch.recipes.core.checkpoint import Reader, checkpoint_dir
 from bigbatch.recipes.core.errors import UserError
+from bigbatch.recipes.core.recipe import open_folder
 from bigbatch.recipes.next_word import recipe
 from bigbatch.tools.convert import convert
 from bigbatch.tools.predict import main as predict
@@ -137,8 +138,12 @@ def test_counts_that_have_changed_since_the_run_are_refused(trained, tmp_path):
         recipe.predictor(config, data.facts | {"counts": "0" * 32}, network)
 
 
-@pytest.mark.parametrize(("model", "what"), [("lstm", "a recurrent network .lstm."), ("ngram", "an n-gram model")])
-def test_a_conversion_is_refused_in_one_line(trained, tmp_path, model, what):
-    with pytest.raises(UserError, match=f"model: is {what}, for which transformers has no class"):
-        convert(trained / f"{model}_2_3", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("model", MODELS)
+def test_the_folder_that_convert_makes_predicts_the_same_words(trained, tmp_path, model):
+    run_dir = trained / f"{model}_2_3"
+    assert convert(run_dir, tmp_path / "out").largest_difference == 0
+    config, data, network = opened(run_dir)
+    texts = ["the old", "the old engine finds an", ""]
+    expected = recipe.predictor(config, data.facts, network)(texts)
+    assert recipe.predictor(*open_folder(recipe, tmp_path / "out"))(texts) == expected
+    assert bool(list((tmp_path / "out").glob("ngrams_3_*"))) == (model == "ngram")

@@ -205,8 +205,15 @@ def test_a_converted_run_summarizes_as_it_does_here(trained, tmp_path, capsys):
     capsys.readouterr()
     assert predict([str(out), " ".join(sentences)]) == 0
     assert json.loads(capsys.readouterr().out)["summary"] == sentences[1]
-    with pytest.raises(UserError, match="transformers has no class"):
-        convert(trained / "resumed_whole_2_3", tmp_path / "other")
+
+
+def test_a_model_with_layers_over_sentences_chooses_the_same_from_a_folder_of_its_own(trained, tmp_path):
+    run_dir = trained / "resumed_whole_2_3"
+    assert convert(run_dir, tmp_path / "out").largest_difference == 0
+    config, data, model = opened(run_dir)
+    document = [{"document": ["It is cold here.", "We found that a knife stands at home.", "It is cold."]}]
+    expected = recipe.predictor(config, data.facts, model)(document)
+    assert recipe.predictor(*open_folder(recipe, tmp_path / "out"))(document) == expected
 
 
 def test_files_of_documents_are_summarized_in_their_order(trained, tmp_path, capsys):

@@ -141,8 +141,6 @@ def test_a_converted_run_translates_in_transformers_as_it_does_here(trained, tmp
     capsys.readouterr()
     assert predict([str(out), *texts, "--format", "table"]) == 0
     assert capsys.readouterr().out.splitlines()[1].endswith("elf")
-    with pytest.raises(UserError, match=r"model\.head: is 'quality', of which transformers has no class"):
-        convert(trained / "quality_1_0", tmp_path / "none")
 
 
 def test_training_starts_where_a_run_or_its_folder_ended(trained, make_document, tmp_path):
@@ -225,6 +223,10 @@ def test_predicted_quality_is_what_evaluation_finds(trained, tmp_path, capsys):
     assert predict([str(run_dir), "a1 a1", "a1", "--format", "table"]) == 0
     with pytest.raises(UserError, match="TEXT 2: is empty"):
         predict([str(run_dir), "a1 a1", "a1", "a2", " "])
+    convert(run_dir, tmp_path / "judge")
+    capsys.readouterr()
+    assert predict([str(tmp_path / "judge"), "--file", str(tmp_path / "pairs.jsonl"), "--format", "jsonl"]) == 0
+    assert [json.loads(line)["quality"] for line in capsys.readouterr().out.splitlines()] == found
 
 
 @pytest.mark.parametrize(
