@@ -99,5 +99,6 @@ def _run(folder: Path, command: list[str]) -> None:
         log.seek(begin)
         lines = log.read().split("\n")
     if status:
-        last = " ".join([line for line in lines if line.strip()][-SHOWN_LINES:])
+        told = [line for line in lines if line.startswith("ERROR:")] or [line for line in lines if line.strip()]
+        last = " ".join(told[-SHOWN_LINES:])
         raise UserError(str(folder), f"cannot be made: {last} (all of it: {path})")

@@ -251,7 +251,7 @@ def test_a_model_without_labels_is_refused_by_its_recipe(tmp_path):
     save(tmp_path / "checkpoint", torch.nn.Linear(1, 1), state)
     told = "is a model of the recipe 'gpt', which predicts none; right is bigbatch generate"
     assert problem_of(tmp_path / "checkpoint", "x") == f"{tmp_path}/checkpoint: {told}"
-    (tmp_path / "config.json").write_text('{"architectures": ["GPT2Model"]}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2Model"]}')
     assert "GPT2Model, which no recipe predicts with" in problem_of(tmp_path, "x")
 
 

@@ -124,7 +124,9 @@ def test_smaller_numbers_take_less_room_and_differ_the_more(name: str, folder_of
 
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[2] < 0.45 * sizes[0]
-    assert differences == sorted(differences)
+    # Of 8 and 4 bits that of a classifier may be either: products of 8 bits saturate where there is no VNNI.
+    assert differences[:3] == sorted(differences[:3])
+    assert differences[1] < differences[3]
     assert differences[1] < 0.02
     assert differences[2] < 0.15
 
