@@ -25,8 +25,10 @@ LARGE_ELEMENTS = 2**14
 """Smaller tables stay as they are."""
 INLINE_BYTES = 1024
 MOST_STEPS = 64
-"""Of int8 weights that are multiplied: on processors without VNNI onnxruntime adds two products with 8 bits of a state in
-16 bits, which hold 2 * 255 * 64 and not 2 * 255 * 127. What it costs is little beside the rounding of the states."""
+"""Of int8 weights that are multiplied: without VNNI onnxruntime adds two products with states of 8 bits in 16 bits.
+
+They hold 2 * 255 * 64, and not 2 * 255 * 127. What it costs is little beside the rounding of the states.
+"""
 MASKED = -1e4
 """What is added to a score that must not count: representable in float16, and e to it is 0."""
 
