@@ -1,7 +1,7 @@
 """What a model computes in, and how a processor without 16-bit arithmetic does it.
 
 torch multiplies matrices of bfloat16 and float16 in scalar loops where the processor lacks AVX-512, as most laptops do:
-10 to 60 times slower than float32. There the products are computed in float32 of the same numbers and rounded once, as
+up to 30 times slower than float32. There the products are computed in float32 of the same numbers and rounded once, as
 processors with such instructions do it, in the forward and the backward pass of every model of the process.
 """
 
